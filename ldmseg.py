@@ -1,0 +1,1336 @@
+"""LDMSeg in one file: panoptic segmentation as latent diffusion over bit-encoded masks.
+
+The method of "A Simple Latent Diffusion Approach for Panoptic Segmentation and Mask Inpainting"
+(Van Gansbeke and De Brabandere, ECCV 2024), in the order of the paper:
+
+    ids -> bits in {-1, +1} -> shallow encoder -> z (4 channels, 1/8 resolution)        stage 1
+    z * scale + noise, image latents -> UNet -> the noise; self-conditioned on x0       stage 2
+    Gaussian noise -> DDIM, guided by the image -> z -> shallow decoder -> softmax over N ids
+
+Shapes: B batch, C channels, H W pixels, h w = H/8 W/8 latent cells, N ids, S segments, P points.
+Ids: int64 maps in [0, N-1]; 0 is VOID (unlabelled: never a target, never counted), segments are
+1..N-1 in random order. Images: float in [-1, 1]. In a mask called `valid`, 1 means "counts".
+
+    Eq. 1  p(y | z_t, z_i) p(z_t)        the two stages: train_ae.py, train_ldm.py
+    Eq. 2  autoencoder loss              ae_loss (weight decay: make_optimizer)
+    Eq. 3  forward process               NoiseSchedule.add_noise, inverse: .predict_x0
+    Eq. 4  noise loss (Alg. 1)           LDMSeg.diffusion_loss, NoiseSchedule.weights
+    Eq. 5  DDIM step (Alg. 2)            LDMSeg.denoise
+    Supp. A post-processing              postprocess
+"""
+
+import argparse
+import colorsys
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import save_file
+from scipy import ndimage
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torchvision import tv_tensors
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+# ---- 1. Configuration (Sec. 4.1) ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a model and its training; the defaults are the `tiny` preset."""
+
+    preset: str = "tiny"
+    # data and mask codes
+    size: int = 64  # images and masks are resized to a square of this many pixels
+    bits: int = 4  # N = 2 ** bits ids, VOID included
+    min_segment: int = 10  # smaller segments (pixels, after resizing) are VOID in training
+    # stage 1: autoencoder
+    ae_widths: tuple = (16, 32, 64, 128)  # channels at 1/1, 1/2, 1/4, 1/8 resolution
+    latent_channels: int = 4
+    points: int = 410  # points where the losses are computed, per image and per segment
+    ae_steps: int = 1700
+    ae_batch: int = 32
+    ae_lr: float = 2e-3
+    ae_clip: float = 3.0  # gradient norm
+    ae_schedule: str = "cosine"  # learning rate after the warm-up: "constant", "cosine" to 1e-6
+    # stage 2: diffusion
+    mask_scale: float = 0.0  # multiplies mask latents; 0: measured, so that their std is mask_std
+    mask_std: float = 0.7
+    image_scale: float = 1.0  # multiplies image latents
+    prediction: str = "v"  # what the UNet predicts: "eps" (paper) or "v"
+    loss_weights: str = "paper"  # over the timesteps: "paper", "released" or "none"
+    self_condition: float = 0.5  # share of the training steps with self-conditioning
+    image_encoder: str = "patch"
+    stem_widths: tuple = (32, 64, 128)  # trainable image stem: channels at 1/2, 1/4, 1/8
+    unet_widths: tuple = (96, 128)
+    unet_attention: tuple = (1, 1)  # 1: self-attention at this level
+    unet_layers: int = 1  # residual blocks per level
+    unet_heads: int = 4
+    ldm_steps: int = 2000
+    ldm_batch: int = 32
+    ldm_lr: float = 5e-4
+    ldm_clip: float = 1.0
+    ldm_schedule: str = "constant"
+    eval_steps: int = 20  # sampling steps of the evaluations during training
+    # both stages
+    warmup: int = 200  # steps
+    weight_decay: float = 0.05
+    ema: float = 0.999  # decay of the weights' moving average; 0: off
+    # post-processing
+    mask_threshold: float = 0.5  # less confident pixels are VOID
+    min_area: int = 8  # smaller predicted segments (pixels of the original image) are VOID
+
+    def __post_init__(self):
+        cell = 8 * 2 ** (len(self.unet_widths) - 1)
+        checks = {
+            "prediction": (self.prediction in ("eps", "v"), "eps or v"),
+            "loss_weights": (self.loss_weights in ("paper", "released", "none"),
+                             "paper, released or none"),
+            "ae_schedule": (self.ae_schedule in ("constant", "cosine"), "constant or cosine"),
+            "ldm_schedule": (self.ldm_schedule in ("constant", "cosine"), "constant or cosine"),
+            "image_encoder": (self.image_encoder == "patch", "patch"),
+            "size": (self.size > 0 and self.size % cell == 0, f"a multiple of {cell}"),
+            "bits": (1 <= self.bits <= 10, "1 to 10"),
+        }  # fmt: skip
+        for name in ("ae_steps", "ae_batch", "ldm_steps", "ldm_batch", "points"):
+            checks[name] = getattr(self, name) > 0, "at least 1"
+        for name, (fine, expected) in checks.items():
+            if not fine:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def num_ids(self):
+        return 2**self.bits
+
+
+PRESETS = {
+    "tiny": Config(),
+    "paper": Config(
+        preset="paper", size=512, bits=7, ae_widths=(32, 64, 128, 256), points=12544,
+        ae_steps=60_000, ae_batch=16, ae_lr=1e-4, ae_schedule="constant",
+        mask_scale=0.18215, image_scale=0.18215, prediction="eps",
+        unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0), unet_layers=2,
+        unet_heads=8, ldm_steps=200_000, ldm_batch=256, ldm_lr=1e-4, min_area=512,
+    ),
+}  # fmt: skip
+
+
+def override(config, assignments):
+    """Replace fields of `config` by ["FIELD=VALUE", ...]; tuples are comma-separated.
+
+    Raises ValueError that names the field, the value and the type expected.
+    """
+    types = {f.name: f.type for f in fields(Config)}
+    changes = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or name not in types or name == "preset":
+            raise ValueError(f"--set {assignment}: expected FIELD=VALUE with a field of Config; "
+                             "-h lists them")
+        try:
+            convert = types[name]
+            changes[name] = tuple(map(int, text.split(","))) if convert is tuple else convert(text)
+        except ValueError:
+            expected = types[name].__name__
+            raise ValueError(f"--set {name}: got {text!r}, expected {expected}") from None
+    return replace(config, **changes)
+
+
+# ---- 2. Mask codes (Sec. 3.1, "Encoding") ------------------------------------------------------
+
+VOID = 0
+
+
+def int2bits(ids, n):
+    """Analog bits of segment ids.
+
+    ids (B, H, W) int64 in [0, 2^n - 1] -> float (B, n, H, W) in {-1, +1}, least significant bit
+    first; a VOID pixel is 0 in every plane. Raises ValueError when an id needs more than n bits.
+    """
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < 2**n:
+        raise ValueError(f"ids reach {int(ids.max())}, expected 0 to {2**n - 1} with {n} bits; "
+                         "use more bits (--set bits=...)")
+    shifts = torch.arange(n, device=ids.device).view(1, n, 1, 1)
+    bits = (ids[:, None] >> shifts & 1).float() * 2 - 1  # (B, n, H, W)
+    return bits * (ids[:, None] != VOID)
+
+
+def bits2int(bits):
+    """Inverse of int2bits: float (B, n, H, W) -> int64 ids (B, H, W); all-zero pixels are VOID."""
+    shifts = torch.arange(bits.shape[1], device=bits.device).view(1, -1, 1, 1)
+    return ((bits > 0).long() << shifts).sum(1)
+
+
+def random_relabel(ids, num_ids, generator=None):
+    """Give the segments of one map random distinct ids in [1, num_ids - 1]; VOID stays VOID.
+
+    ids: int64 (H, W) in [0, num_ids - 1]. Randomness comes from `generator` (torch's, CPU).
+    """
+    table = torch.cat([torch.zeros(1, dtype=torch.long),
+                       1 + torch.randperm(num_ids - 1, generator=generator)])
+    return table[ids]
+
+
+# ---- 3. Shallow autoencoder (Sec. 3.1, "Architectural Design") ---------------------------------
+
+
+def conv3x3(c_in, c_out, stride=1):
+    return nn.Conv2d(c_in, c_out, 3, stride, padding=1)
+
+
+class MaskAutoencoder(nn.Module):
+    """Compresses mask codes by 8 with three strided convolutions; decodes to N classes at H/2."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, width = config.ae_widths, config.ae_widths[-1]
+        encoder = [conv3x3(config.bits, widths[0]), nn.SiLU()]
+        for c_in, c_out in zip(widths, widths[1:]):
+            encoder += [conv3x3(c_in, c_in), conv3x3(c_in, c_out, stride=2), nn.SiLU()]
+        encoder += [conv3x3(width, width), nn.GroupNorm(32, width, eps=1e-6), nn.SiLU(),
+                    conv3x3(width, config.latent_channels)]
+        decoder = [conv3x3(config.latent_channels, width)]
+        for _ in range(2):
+            decoder += [nn.ConvTranspose2d(width, width, 2, stride=2),
+                        LayerNorm2d(width, eps=1e-6), nn.SiLU()]
+        decoder += [nn.GroupNorm(32, width, eps=1e-5), nn.SiLU(), conv3x3(width, config.num_ids)]
+        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+
+    def encode(self, codes):
+        """codes (B, bits, H, W) -> latents (B, 4, h, w), unscaled."""
+        return self.encoder(codes)
+
+    def decode(self, z):
+        """latents (B, 4, h, w), unscaled -> logits (B, N, H/2, W/2)."""
+        return self.decoder(z)
+
+    def forward(self, codes):
+        return self.decode(self.encode(codes))
+
+
+# ---- 4. Autoencoder losses: cross-entropy, BCE and Dice at uncertain points (Sec. 3.1, Eq. 2) --
+
+
+def sample_uncertain_points(uncertainty, points, important=0.75):
+    """Choose `points` of random candidates, most of them where the prediction is least certain.
+
+    uncertainty (R, M): of M >= 3 * points + rest candidates at uniformly random places, where rest
+    = points - int(important * points). The first M - rest compete for the uncertain places, the
+    last `rest` are taken as they are. Returns int64 indices (R, points). Source: PointRend.
+    """
+    rest = points - int(important * points)
+    M = uncertainty.shape[1]
+    top = uncertainty[:, : M - rest].topk(points - rest).indices  # (R, points - rest)
+    uniform = torch.arange(M - rest, M, device=top.device).expand(len(top), rest)
+    return torch.cat([top, uniform], 1)
+
+
+def _corners(coords, H, W):
+    """The four pixels around coords (B, M, 2) in [-1, 1]: flat indices, bilinear weights."""
+    size = torch.tensor([W, H], device=coords.device)
+    position = ((coords + 1) * size - 1) / 2
+    corner = torch.tensor([(0, 0), (1, 0), (0, 1), (1, 1)], device=coords.device)
+    corner = position.floor()[:, :, None] + corner  # (B, M, 4, 2)
+    weight = (1 - (position[:, :, None] - corner).abs()).prod(-1)  # (B, M, 4)
+    x, y = corner.clamp(torch.zeros_like(size), size - 1).long().unbind(-1)
+    return y * W + x, weight
+
+
+def ae_loss(logits, ids, coords, points):
+    """Reconstruction loss of Eq. 2: cross-entropy + BCE + Dice, each at `points` uncertain points.
+
+    logits (B, N, H/2, W/2), ids int64 (B, H, W), coords (B, M, 2): random candidate places in
+    [-1, 1] (see `candidate_coords`). VOID points count nowhere. The cross-entropy is a mean over
+    points, the mask losses are summed over segments and divided by their number; both counts are
+    taken over all ranks. Memory grows with segments only by their `points` sampled values.
+    Returns the loss and a dict of its parts.
+
+    NOTE: PointRend draws candidates per segment; here an image's segments share them, because
+    one sampling of all N logits then serves every loss.
+    NOTE: the released mask loss counts VOID as negative of every segment; here it is left out.
+    """
+    B, N = logits.shape[:2]
+    values = F.grid_sample(logits.float(), coords[:, :, None], align_corners=False,
+                           padding_mode="border")[..., 0]  # (B, N, M)
+    corner, weight = _corners(coords, *ids.shape[1:])  # (B, M, 4)
+    labels = ids.flatten(1).gather(1, corner.flatten(1)).view_as(corner)  # (B, M, 4)
+    nearest = labels.gather(2, weight.argmax(2, keepdim=True))[..., 0]  # (B, M)
+    valid = nearest != VOID
+
+    with torch.no_grad():
+        first, second = values.topk(2, dim=1).values.unbind(1)
+        chosen = sample_uncertain_points((second - first).masked_fill(~valid, -1e9), points)
+    target = nearest.gather(1, chosen)  # (B, P), VOID is ignored by the loss
+    picked = values.gather(2, chosen[:, None].expand(-1, N, -1))  # (B, N, P)
+    ce = F.cross_entropy(picked, target, ignore_index=VOID, reduction="sum")
+    ce = ce / global_mean_count((target != VOID).sum())
+
+    present = torch.zeros(B, N, dtype=torch.bool, device=ids.device)
+    present.scatter_(1, ids.flatten(1), True)[:, VOID] = False
+    image, segment = present.nonzero(as_tuple=True)  # (S,)
+    logit = values[image, segment]  # (S, M)
+    with torch.no_grad():
+        chosen = sample_uncertain_points(-logit.abs().masked_fill(~valid[image], 1e9), points)
+    logit = logit.gather(1, chosen)  # (S, P)
+    inside = (labels[image[:, None], chosen] == segment[:, None, None]).float()  # (S, P, 4)
+    truth = (inside * weight[image[:, None], chosen]).sum(2)
+    counts = valid[image[:, None], chosen].float()
+    bce = F.binary_cross_entropy_with_logits(logit, truth, weight=counts, reduction="none")
+    bce = bce.sum(1) / counts.sum(1).clamp(min=1)  # (S,)
+    probability = logit.sigmoid() * counts
+    dice = 1 - (2 * (probability * truth).sum(1) + 1) / (
+        probability.sum(1) + (truth * counts).sum(1) + 1)
+    segments = global_mean_count(present.sum())
+    bce, dice = bce.sum() / segments, dice.sum() / segments
+    return ce + bce + dice, {"ce": ce.detach(), "bce": bce.detach(), "dice": dice.detach()}
+
+
+def candidate_coords(seeds, points, device):
+    """Random candidate places (B, M, 2) in [-1, 1] for `ae_loss`, each image's from its seed."""
+    M = 3 * points + points - int(0.75 * points)
+    generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+    return torch.stack([torch.rand(M, 2, generator=g, device=device) for g in generators]) * 2 - 1
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def global_mean_count(count):
+    """A count's mean over ranks (of a total of at least 1), to divide a sum over this rank's part:
+    DDP, which averages gradients, then gives the gradient of the mean over all ranks."""
+    count = count.float()
+    if dist.is_initialized():
+        dist.all_reduce(count)
+    return count.clamp(min=1) / rank_and_world()[1]
+
+
+# ---- 5. Noise schedule and loss weights (Eq. 3) ------------------------------------------------
+
+
+class NoiseSchedule(nn.Module):
+    """Stable Diffusion's `scaled_linear` schedule of T = 1000 steps."""
+
+    T = 1000
+
+    def __init__(self):
+        super().__init__()
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, self.T, dtype=torch.float64) ** 2
+        alpha_bar = (1 - betas).cumprod(0).float()
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+
+    def signal_and_noise(self, t):
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply (B, C, h, w)."""
+        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def add_noise(self, x0, eps, t):
+        """Eq. 3: z_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. t: int64 (B,) or ()."""
+        signal, noise = self.signal_and_noise(t)
+        return signal * x0 + noise * eps
+
+    def predict_x0(self, z_t, eps, t):
+        """Eq. 3 solved for x0."""
+        signal, noise = self.signal_and_noise(t)
+        return (z_t - noise * eps) / signal
+
+    def weights(self, kind):
+        """Loss weight of each timestep, float (T,).
+
+        "paper": linear up to a quarter of T, then 1; "released": min(SNR, 2) / SNR; "none": 1.
+        """
+        j = torch.arange(self.T, device=self.alpha_bar.device)
+        if kind == "paper":
+            return ((j + 1) / (0.25 * self.T)).clamp(max=1)
+        if kind == "released":
+            snr = self.alpha_bar / (1 - self.alpha_bar)
+            return snr.clamp(max=2) / snr
+        return torch.ones(self.T, device=j.device)
+
+    def timesteps(self, steps):
+        """The `steps` timesteps visited in sampling, from T - 1 down: evenly spaced, trailing."""
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"{steps} sampling steps, expected 1 to {self.T}")
+        return [round(self.T - i * self.T / steps) - 1 for i in range(steps)]
+
+
+# ---- 6. The UNet on concatenated latents and the image encoder (Sec. 3.2) ----------------------
+
+
+def build_unet(config, image_channels):
+    """Stable Diffusion's UNet over [z_t, z_image, x0_previous], cross-attention removed.
+
+    Input (B, 4 + image_channels + 4, h, w), output (B, 4, h, w). Random weights.
+    """
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention import BasicTransformerBlock
+
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.unet_attention]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.unet_attention)]
+    unet = UNet2DConditionModel(
+        sample_size=config.size // 8,
+        in_channels=2 * config.latent_channels + image_channels,
+        out_channels=config.latent_channels,
+        block_out_channels=config.unet_widths,
+        layers_per_block=config.unet_layers,
+        down_block_types=down,
+        up_block_types=up,
+        attention_head_dim=config.unet_heads,  # diffusers' name; in this class, the heads' number
+        cross_attention_dim=32,  # of the layers removed below
+    )
+    for module in unet.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.attn2 = module.norm2 = None
+    nn.init.zeros_(unet.conv_out.weight)
+    return unet
+
+
+class ImageEncoder(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> image latents (B, channels, h, w).
+
+    "patch": a convolutional stem without pretrained weights, trained together with the UNet.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        layers, c_in = [], 3
+        for width in config.stem_widths:
+            layers += [conv3x3(c_in, width, stride=2), nn.GroupNorm(8, width), nn.SiLU(),
+                       conv3x3(width, width), nn.GroupNorm(8, width), nn.SiLU()]
+            c_in = width
+        self.channels = c_in
+        self.layers = nn.Sequential(*layers, conv3x3(c_in, c_in))
+
+    def forward(self, image):
+        return self.layers(image)
+
+
+# ---- 7-8. The model: its loss (Eq. 4, Alg. 1) and its sampler (Eq. 5, Alg. 2) ------------------
+
+
+class LDMSeg(nn.Module):
+    """Frozen mask autoencoder, image encoder and denoising UNet."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.autoencoder = MaskAutoencoder(config).requires_grad_(False)
+        self.image_encoder = ImageEncoder(config)
+        self.unet = build_unet(config, self.image_encoder.channels)
+        self.schedule = NoiseSchedule()
+        self.register_buffer("loss_weights", self.schedule.weights(config.loss_weights),
+                             persistent=False)
+
+    def encode_image(self, image):
+        """image (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w), scaled."""
+        return self.image_encoder(image) * self.config.image_scale
+
+    @torch.no_grad()
+    def encode_mask(self, ids):
+        """ids int64 (B, H, W) -> mask latents (B, 4, h, w), scaled."""
+        z = self.autoencoder.encode(int2bits(ids, self.config.bits)).float()
+        return z * self.config.mask_scale
+
+    def decode_mask(self, z):
+        """Scaled mask latents (B, 4, h, w) -> logits (B, N, H/2, W/2)."""
+        return self.autoencoder.decode(z / self.config.mask_scale)
+
+    def predict(self, z_t, z_image, x0_previous, t):
+        """One UNet call at timesteps t int64 (B,). Returns its output, and what it says of x0, eps.
+
+        The output estimates eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0.
+        """
+        inputs = torch.cat([z_t, z_image, x0_previous], 1)
+        output = self.unet(inputs, t, encoder_hidden_states=None).sample.float()
+        if self.config.prediction == "eps":
+            return output, self.schedule.predict_x0(z_t, output, t), output
+        signal, noise = self.schedule.signal_and_noise(t)
+        return output, signal * z_t - noise * output, noise * z_t + signal * output
+
+    def diffusion_loss(self, image, ids, eps, t, self_condition):
+        """Eq. 4: weighted squared error of the prediction, over cells that are not VOID.
+
+        image (B, 3, H, W), ids int64 (B, H, W), eps (B, 4, h, w) Gaussian, t int64 (B,),
+        self_condition: make a first estimate of x0 without gradient and feed it (Analog Bits).
+        NOTE: Alg. 1 sums over C, h, w; here a mean, like the released code, because clipping and
+        the learning rate then do not depend on the resolution.
+        """
+        x0 = self.encode_mask(ids)  # (B, 4, h, w)
+        z_image = self.encode_image(image)
+        z_t = self.schedule.add_noise(x0, eps, t)
+        x0_previous = torch.zeros_like(z_t)
+        if self_condition:
+            with torch.no_grad():
+                x0_previous = self.predict(z_t, z_image, x0_previous, t)[1]
+        output = self.predict(z_t, z_image, x0_previous, t)[0]
+        target = eps
+        if self.config.prediction == "v":
+            signal, noise = self.schedule.signal_and_noise(t)
+            target = signal * eps - noise * x0
+        valid = (ids != VOID).float()[:, None]
+        valid = F.interpolate(valid, z_t.shape[-2:], mode="nearest-exact")[:, 0]  # (B, h, w)
+        error = (output - target).square().mean(1) * valid
+        error = error * self.loss_weights[t].view(-1, 1, 1)
+        return error.sum() / global_mean_count(valid.sum())
+
+    forward = diffusion_loss  # what DDP and autocast wrap
+
+    def denoise(self, z_image, noise, steps):
+        """Alg. 2: DDIM (eta 0). Yields the predicted x0 (B, 4, h, w), scaled, after each step."""
+        z_t, x0 = noise, torch.zeros_like(noise)
+        timesteps = self.schedule.timesteps(steps)
+        for t, t_next in zip(timesteps, timesteps[1:] + [None]):
+            t = torch.full((len(noise),), t, device=noise.device)
+            _, x0, eps = self.predict(z_t, z_image, x0, t)
+            yield x0
+            if t_next is not None:  # Eq. 5: the predicted x0 with the predicted noise added back
+                z_t = self.schedule.add_noise(x0, eps, torch.full_like(t, t_next))
+
+    @torch.no_grad()
+    def sample(self, image, seeds, steps):
+        """Images (B, 3, H, W) and one noise seed each -> logits (B, N, H/2, W/2)."""
+        noise = seeded_noise(seeds, self.config, image.device)
+        *_, x0 = self.denoise(self.encode_image(image), noise, steps)
+        return self.decode_mask(x0)
+
+
+def stable_seed(*parts):
+    """A 32-bit seed from numbers and strings, the same on every machine and in every process."""
+    return zlib.crc32(repr(parts).encode())
+
+
+def seeded_noise(seeds, config, device):
+    """Gaussian noise (B, 4, h, w); each element depends on its seed only. Drawn on the CPU."""
+    shape = (config.latent_channels, config.size // 8, config.size // 8)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+    return torch.stack(noise).to(device)
+
+
+def seeded_timesteps(seeds, device):
+    """Uniform timesteps int64 (B,) in [0, T - 1], each from its seed only."""
+    t = [stable_seed("timestep", int(s)) * NoiseSchedule.T >> 32 for s in seeds]
+    return torch.tensor(t, device=device)
+
+
+# ---- 10. Logits -> segments (Supp. A) ----------------------------------------------------------
+
+
+def postprocess(logits, size, mask_threshold, min_area):
+    """Logits of one image (N, H/2, W/2) -> ids int64 (height, width), on the logits' device.
+
+    Upsampled by 2, then to `size` = (height, width); softmax; pixels less confident than
+    `mask_threshold` and segments smaller than `min_area` pixels become VOID.
+    NOTE: the released code's extra filter on overlaps is not used, because the paper has none.
+    """
+    up = dict(mode="bilinear", align_corners=False)
+    logits = F.interpolate(logits[None].float(), scale_factor=2, **up)
+    confidence, ids = F.interpolate(logits, size=size, **up)[0].softmax(0).max(0)
+    ids[confidence < mask_threshold] = VOID
+    small = torch.bincount(ids.flatten(), minlength=len(logits[0])) < min_area
+    return ids.masked_fill(small[ids], VOID)
+
+
+# ---- 11. Metrics: Panoptic Quality (Kirillov et al., 2019) -------------------------------------
+
+
+class PanopticQuality:
+    """Panoptic Quality, accumulated image by image.
+
+    categories: [{"id", "isthing", ...}] as in COCO; class_agnostic: one category for everything.
+    `state` (categories, 4) float64 holds (iou_sum, tp, fp, fn) and adds up over images and ranks.
+    """
+
+    def __init__(self, categories, class_agnostic=False):
+        if class_agnostic:
+            categories = [{"id": 1, "isthing": 1}]
+        self.class_agnostic, self.categories = class_agnostic, categories
+        self.row = {c["id"]: i for i, c in enumerate(categories)}
+        self.state = np.zeros((len(categories), 4))
+
+    def update(self, gt_ids, gt_segments, pred_ids, pred_segments):
+        """Count one image: int maps (H, W), 0 = VOID, and their lists of {"id", "category_id"}.
+
+        Segments match where IoU > 0.5, the union taken without the truth's VOID. Unmatched truth
+        is missed, unless a crowd; an unmatched prediction is wrong, unless mostly over VOID or
+        over a crowd of its class (of several crowds of one class, the last, like the reference).
+        Areas are counted from pixels. Raises ValueError for shapes or ids that do not fit.
+        """
+        if gt_ids.shape != pred_ids.shape:
+            raise ValueError(f"prediction is {pred_ids.shape}, expected {gt_ids.shape}")
+        overlap = self._joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments)
+        gt_area, pred_area = overlap.sum(1), overlap.sum(0)
+        gt_rows = [self._row(s) for s in gt_segments]
+        pred_rows = [self._row(s) for s in pred_segments]
+        matched_gt, matched_pred, crowds = set(), set(), {}
+        for g, p in zip(*np.nonzero(overlap[2:, 2:])):
+            if gt_rows[g] != pred_rows[p] or gt_segments[g].get("iscrowd"):
+                continue
+            both = overlap[g + 2, p + 2]
+            iou = both / (gt_area[g + 2] + pred_area[p + 2] - both - overlap[1, p + 2])
+            if iou > 0.5:
+                self.state[gt_rows[g]] += (iou, 1, 0, 0)
+                matched_gt.add(g)
+                matched_pred.add(p)
+        for g, segment in enumerate(gt_segments):
+            if segment.get("iscrowd"):
+                crowds[gt_rows[g]] = g
+            elif g not in matched_gt:
+                self.state[gt_rows[g], 3] += 1
+        for p, row in enumerate(pred_rows):
+            ignored = overlap[1, p + 2] + (overlap[crowds[row] + 2, p + 2] if row in crowds else 0)
+            if p not in matched_pred and not ignored > 0.5 * pred_area[p + 2]:
+                self.state[row, 2] += 1
+
+    def _row(self, segment):
+        category = 1 if self.class_agnostic else segment["category_id"]
+        if category not in self.row:
+            raise ValueError(f"segment {segment['id']} has unknown category {category}")
+        return self.row[category]
+
+    @staticmethod
+    def _joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
+        """Pixel counts (2 + gt segments, 2 + predicted): row and column 0 unknown ids, 1 VOID."""
+        compact = []
+        for ids, segments in ((gt_ids, gt_segments), (pred_ids, pred_segments)):
+            known = [VOID] + [s["id"] for s in segments]
+            table = np.zeros(max(int(ids.max()), *known) + 1, np.int32)
+            table[known] = np.arange(1, len(known) + 1)
+            compact.append(table[ids])
+        shape = len(gt_segments) + 2, len(pred_segments) + 2
+        pairs = (compact[0] * shape[1] + compact[1]).ravel()
+        counts = np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
+        if counts[:, 0].any():
+            raise ValueError("the prediction has pixels of a segment that is not in its list")
+        return counts
+
+    def all_reduce(self, device):
+        """Add the states of all ranks."""
+        if dist.is_initialized():
+            state = torch.from_numpy(self.state).to(device)
+            dist.all_reduce(state)
+            self.state = state.cpu().numpy()
+
+    def compute(self):
+        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, "per_class": {...}}, values in 0..1.
+
+        Means over the n categories that occur; all 0 with n = 0 where none does.
+        """
+        iou, tp, fp, fn = self.state.T
+        seen = tp + fp + fn > 0
+        sq = iou / np.maximum(tp, 1)
+        rq = tp / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)
+        pq = iou / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)
+        thing = np.array([bool(c["isthing"]) for c in self.categories])
+        result = {}
+        for name, group in (("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing)):
+            mean = {k: float(v[group].mean()) if group.any() else 0.0
+                    for k, v in (("pq", pq), ("sq", sq), ("rq", rq))}
+            result[name] = mean | {"n": int(group.sum())}
+        result["per_class"] = {
+            str(c["id"]): {"pq": float(pq[i]), "sq": float(sq[i]), "rq": float(rq[i]),
+                           "tp": int(tp[i]), "fp": int(fp[i]), "fn": int(fn[i])}
+            for i, c in enumerate(self.categories) if seen[i]
+        }  # fmt: skip
+        return result
+
+
+# ---- 12. Data: generated scenes, COCO panoptic files, training samples -------------------------
+
+
+class ShapeScenes(Dataset):
+    """Generated scenes, no files: shapes at various distances over wavy, textured regions.
+
+    Scene i is a pure function of (split, i, size). An item is a dict: image uint8 (H, W, 3), ids
+    int64 (H, W) with 0 = VOID, segments [{"id", "category_id", "iscrowd"}], image_id, file_name,
+    and depth float32 (H, W) in [0, 1], 1 the farthest. Near things are larger, lower, brighter and
+    in front; far ones fade into haze. Colours are shared between classes and between instances.
+    """
+
+    LENGTH = {"train": 100_000, "val": 200}
+    STUFF = {"sky": (0.55, 0.7, 0.95), "hills": (0.5, 0.5, 0.45), "grass": (0.4, 0.65, 0.3),
+             "sand": (0.85, 0.75, 0.5), "water": (0.3, 0.5, 0.7)}  # usual tints
+    THINGS = ("ball", "box", "cone", "star", "ring", "cross")
+    categories = [{"id": i, "name": name, "isthing": int(i > 5)}
+                  for i, name in enumerate((*STUFF, *THINGS), start=1)]  # fmt: skip
+
+    def __init__(self, split, size):
+        if split not in self.LENGTH:
+            raise ValueError(f"split {split!r} of shapes, expected one of {tuple(self.LENGTH)}")
+        self.split, self.size = split, size
+        centres = (np.arange(size, dtype=np.float32) + 0.5) / size
+        self.x, self.y = np.meshgrid(centres, centres)
+
+    def __len__(self):
+        return self.LENGTH[self.split]
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([index, tuple(self.LENGTH).index(self.split)])
+        image, ids, depth, segments, horizon = self._background(rng)
+        light = rng.uniform(-0.7, 0.7)
+        palette = rng.uniform(0.1, 0.95, (2, 3))  # colours that things may share
+        kinds = list(rng.integers(len(self.THINGS), size=rng.integers(2, 7)))
+        if rng.random() < 0.25:
+            kinds.insert(rng.integers(len(kinds) + 1), -1)  # a blob without a label
+        distances, placed = np.sort(rng.uniform(0.1, 0.75, len(kinds)))[::-1], []
+        for kind, z in zip(kinds, distances):
+            inside = self._paint(rng, image, depth, z, horizon, light, palette, placed, kind)
+            ids[inside] = VOID if kind < 0 else len(segments) + 1
+            if kind >= 0:
+                category = 1 + len(self.STUFF) + int(kind)
+                segments.append({"id": len(segments) + 1, "category_id": category, "iscrowd": 0})
+        haze = (0.55 * depth**1.5)[..., None]
+        image = image * (1 - haze) + haze * rng.uniform(0.6, 0.95, 3).astype(np.float32)
+        image = (image - 0.5) * rng.uniform(0.8, 1.1) + rng.uniform(0.45, 0.58)
+        image += rng.uniform(0.01, 0.05) * rng.standard_normal(image.shape, dtype=np.float32)
+        areas = np.bincount(ids.ravel(), minlength=len(segments) + 1)
+        segments = [s for s in segments if areas[s["id"]] >= 0.01 * ids.size]
+        ids[~np.isin(ids, [s["id"] for s in segments])] = VOID  # slivers
+        return {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids, "depth": depth,
+                "segments": segments, "image_id": index,
+                "file_name": f"{self.split}{index:06d}.png"}
+
+    def _background(self, rng):
+        """One to three stuff regions, from far (top) to near (bottom)."""
+        x, y, count = self.x, self.y, rng.integers(1, 4)
+        borders = ([], [rng.uniform(0.25, 0.7)], rng.uniform((0.2, 0.55), (0.4, 0.75)))[count - 1]
+        region = np.zeros(y.shape, np.int64)
+        for border in borders:
+            for frequency in (rng.uniform(0.4, 1.5), rng.uniform(2, 5)):
+                wave = np.sin(2 * np.pi * (frequency * x[0] + rng.random()))
+                border = border + rng.uniform(0.005, 0.045) * wave
+            region += y > border
+        horizon = borders[0] if count > 1 else 0.0
+        classes = rng.permutation(5)[:1]
+        if count > 1:  # sky or hills on top, ground below
+            classes = np.append(rng.integers(2), 2 + rng.permutation(3)[: count - 1])
+        ground = np.clip(0.85 - 0.65 * (y - horizon) / (1 - horizon), 0.15, 0.85)
+        image, depth = np.empty((*y.shape, 3), np.float32), np.empty_like(y)
+        for i, kind in enumerate(classes):
+            tint = np.array(tuple(self.STUFF.values())[kind])
+            colour = 0.55 * tint + 0.45 * rng.uniform(0.1, 0.95, 3)
+            inside, texture = region == i, self._texture(rng, kind, 1.6 - ground)
+            image[inside] = colour * (1 + texture[inside][:, None])
+            depth[inside] = (1.0, 0.9)[kind] if kind < 2 else ground[inside]
+        segments = [{"id": i, "category_id": int(kind) + 1, "iscrowd": 0}
+                    for i, kind in enumerate(classes, start=1)]  # fmt: skip
+        return image, region + 1, depth, segments, horizon
+
+    def _texture(self, rng, kind, near):
+        """Brightness pattern (H, W) of a stuff class; finer where `near` is small."""
+        x, y = self.x, self.y
+        a, b, c = rng.uniform(0, 2 * np.pi, 3)
+        if kind == 0:  # sky: a gradient and soft clouds
+            return 0.3 * (y - 0.3) + 0.12 * np.sin(7 * y + a + 2 * np.sin(4 * x + b))
+        if kind == 1:  # hills: slanted ridges
+            return 0.25 * np.abs((5 * x + 3 * np.abs(y - 0.5) + a) % 1 - 0.5)
+        if kind == 2:  # grass: blades
+            return 0.22 * np.sin(70 * x / near + 3 * np.sin(23 * y + a)) * np.sin(31 * y / near + b)
+        if kind == 3:  # sand: ripples
+            return 0.13 * np.sin(45 * y / near + 2.5 * np.sin(9 * x + a))
+        return 0.2 * np.sin(38 * y / near + a) * np.sin(14 * x / near + 6 * np.sin(11 * y + b) + c)
+
+    def _paint(self, rng, image, depth, z, horizon, light, palette, placed, kind):
+        """Paint one thing (kind -1: a blob) at distance z; returns where, bool (H, W)."""
+        radius = rng.uniform(0.19, 0.26) * (1.2 - 0.7 * z)
+        foot = horizon + (0.85 - z) / 0.65 * (1 - horizon)  # where the ground has this distance
+        for _ in range(8):  # look for a place that does not hide another thing
+            cx = rng.uniform(0, 1)
+            cy = np.clip(foot - 0.6 * radius + rng.uniform(-0.12, 0.12), 0.04, 0.96)
+            if all(math.hypot(cx - a, cy - b) > 0.75 * (radius + r) for a, b, r in placed):
+                break
+        placed.append((cx, cy, radius))
+        reach, row, column = (int(n * self.size) for n in (1.25 * radius, cy, cx))
+        window = tuple(slice(max(n - reach - 2, 0), n + reach + 3) for n in (row, column))
+        angle = rng.uniform(0, 2 * np.pi)
+        dx, dy = (self.x[window] - cx) / radius, (self.y[window] - cy) / radius
+        u = dx * np.cos(angle) + dy * np.sin(angle)
+        v = dy * np.cos(angle) - dx * np.sin(angle)
+        outline = self._outline(kind, u, v)
+        base = palette[rng.integers(2)] if rng.random() < 0.4 else rng.uniform(0.1, 0.95, 3)
+        frequency, pattern = rng.uniform(4, 9), rng.integers(4)  # plain, checks, stripes, plain
+        paint = 0.3 * np.sign(np.sin(frequency * u)) * (1 <= pattern <= 2)
+        if pattern == 1:
+            paint *= np.sign(np.sin(frequency * v))
+        if kind < 0:
+            paint = 0.25 * rng.standard_normal(u.shape)
+        shade = 0.95 + 0.4 * (light * dx - 0.8 * dy) - 0.3 * (outline > 0.82) - 0.25 * z
+        inside = outline < 1
+        image[window][(outline < 1.3) & ~inside] *= 0.72  # contact shadow on what is behind
+        image[window][inside] = (base * ((1 + paint) * shade)[..., None]).clip(0, 1)[inside]
+        depth[window][inside] = z
+        where = np.zeros(depth.shape, bool)
+        where[window] = inside
+        return where
+
+    @staticmethod
+    def _outline(kind, u, v):
+        """A function of the local coordinates that is below 1 inside the shape."""
+        radius, angle, x, y = np.sqrt(u * u + v * v), np.arctan2(v, u), np.abs(u), np.abs(v)
+        return (
+            lambda: radius,  # ball
+            lambda: np.maximum(x, 1.25 * y) / 0.9,  # box
+            lambda: np.maximum(1.73 * x + v, -2 * v) / 1.15,  # cone
+            lambda: radius / (0.78 + 0.26 * np.cos(5 * angle)),  # star
+            lambda: np.maximum(radius, 1 + 1.2 * (0.36 - radius)),  # ring
+            lambda: np.maximum(np.maximum(x, y), np.minimum(x, y) / 0.45),  # cross
+            lambda: radius / (0.8 + 0.2 * np.sin(3 * angle)),  # blob
+        )[kind]()
+
+
+def rgb2id(rgb):
+    """COCO panoptic colours uint8 (H, W, 3) -> int64 ids (H, W): R + 256 G + 65536 B."""
+    return rgb.astype(np.int64) @ np.array([1, 256, 65536])
+
+
+def id2rgb(ids):
+    """Inverse of rgb2id: int ids (H, W) in [0, 2^24 - 1] -> uint8 (H, W, 3)."""
+    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
+
+
+def compact_ids(ids, known):
+    """Map int ids (H, W) to 1..len(known) by their place in the list `known`, all others to 0."""
+    table = np.zeros(max(int(ids.max()), *known, 0) + 1, np.int64)
+    table[known] = np.arange(1, len(known) + 1)
+    return table[ids]
+
+
+def read_image(path):
+    """Image file -> uint8 (H, W, 3). FileNotFoundError or ValueError that names the file."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable image ({error}); replace the file") from None
+
+
+class PanopticDataset(Dataset):
+    """Images with annotations in the COCO panoptic format; items as in ShapeScenes, without depth.
+
+    json_path: the annotations, their PNGs in the folder of the same name without ".json";
+    image_dir: the images. The annotation is returned untouched, at its original size.
+    Raises FileNotFoundError or ValueError naming the file, what was found and what was expected.
+    """
+
+    def __init__(self, json_path, image_dir):
+        self.json_path, self.image_dir = Path(json_path), Path(image_dir)
+        self.mask_dir = self.json_path.with_suffix("")
+        try:
+            data = json.loads(self.json_path.read_text())
+            images = {image["id"]: image for image in data["images"]}
+            self.records = [(images[a["image_id"]], a) for a in data["annotations"]]
+            self.segment_counts = [len(a["segments_info"]) for _, a in self.records]
+            self.categories = data["categories"]
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{json_path}: no such annotation file") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{json_path}: expected COCO panoptic JSON (images, categories, "
+                             f"annotations with segments_info), got {error!r}") from None
+        if not self.records:
+            raise ValueError(f"{json_path}: no annotated image, expected at least one")
+        for folder in (self.image_dir, self.mask_dir):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder}: no such folder, expected beside {json_path}")
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        info, annotation = self.records[index]
+        image = read_image(self.image_dir / info["file_name"])
+        mask_path = self.mask_dir / annotation["file_name"]
+        ids, segments = rgb2id(read_image(mask_path)), annotation["segments_info"]
+        if ids.shape != image.shape[:2]:
+            raise ValueError(f"{mask_path}: {ids.shape} pixels, expected {image.shape[:2]} like "
+                             f"its image {info['file_name']}")
+        known, found = {s["id"] for s in segments}, set(np.unique(ids).tolist()) - {VOID}
+        if odd := known ^ found:
+            place = "not in the PNG" if min(odd) in known else f"not in {self.json_path.name}"
+            raise ValueError(f"{mask_path}: {len(odd)} segment ids do not agree with the JSON, "
+                             f"expected none; the first, {min(odd)}, is {place}")
+        return {"image": image, "ids": ids, "segments": segments, "image_id": info["id"],
+                "file_name": info["file_name"]}
+
+
+def open_dataset(data, split, images, size, kind):
+    """The data set that `--data`, `--split` and `--images` name.
+
+    data: "shapes" (generated at `size` pixels), a COCO-layout folder, or a panoptic JSON together
+    with `images`. split None: the only one whose name starts with `kind` ("train" or "val").
+    """
+    if data == "shapes":
+        return ShapeScenes(split or kind, size)
+    path, flag = Path(data), "--train-split" if kind == "train" else "--split"
+    if path.suffix == ".json":
+        if images is None:
+            raise ValueError(f"--data {data}: a JSON needs its images' folder, add --images DIR")
+        return PanopticDataset(path, images)
+    if not (path / "annotations").is_dir():
+        raise FileNotFoundError(f"--data {data}: no such data, expected 'shapes', a panoptic JSON "
+                                "or a folder with annotations/")
+    files = (path / "annotations").glob("panoptic_*.json")
+    splits = sorted(file.stem.removeprefix("panoptic_") for file in files)
+    matching = [s for s in splits if s == split or split is None and s.startswith(kind)]
+    if len(matching) != 1:
+        raise ValueError(f"--data {data}: {flag} {split or 'not given'}, expected one of {splits}")
+    json_path = path / "annotations" / f"panoptic_{matching[0]}.json"
+    return PanopticDataset(json_path, images or path / matching[0])
+
+
+def prepare(record, config, generator, augment):
+    """A data set's item -> what the model sees: {"image": (3, s, s) in [-1, 1], "ids": (s, s)}.
+
+    Resized to a square (image antialiased, ids nearest); crowds become VOID; ids are random;
+    the N - 1 largest segments stay. `augment`: flip with probability 1/2, and segments under
+    min_segment pixels become VOID. Randomness comes from `generator` (torch's, CPU).
+    """
+    known = [s["id"] for s in record["segments"] if not s.get("iscrowd")]
+    image = tv_tensors.Image(torch.from_numpy(record["image"].copy()).permute(2, 0, 1))
+    ids = tv_tensors.Mask(torch.from_numpy(compact_ids(record["ids"], known)))
+    image, ids = v2.Resize((config.size, config.size), antialias=True)(image, ids)
+    if augment and torch.rand((), generator=generator) < 0.5:
+        image, ids = v2.functional.horizontal_flip(image), v2.functional.horizontal_flip(ids)
+    areas = torch.bincount(ids.flatten(), minlength=len(known) + 1)
+    areas[VOID] = 0
+    kept = areas.argsort(descending=True)[: config.num_ids - 1]
+    kept = kept[areas[kept] >= (config.min_segment if augment else 1)]
+    table = torch.zeros(len(areas), dtype=torch.long)
+    table[kept] = 1 + torch.arange(len(kept))
+    ids = random_relabel(table[ids.as_subclass(torch.Tensor)], config.num_ids, generator)
+    return {"image": image.as_subclass(torch.Tensor).float() / 127.5 - 1, "ids": ids}
+
+
+class TrainingStream(Dataset):
+    """The endless order of training samples: position p -> a prepared sample and its noise seed.
+
+    Everything random about position p depends on (seed, p) only: a resumed run and any number of
+    ranks see the same samples.
+    """
+
+    def __init__(self, datasets, config, seed):
+        self.data, self.config, self.seed = ConcatDataset(datasets), config, seed
+        counts = np.concatenate([getattr(d, "segment_counts", []) for d in datasets])
+        if (crowded := int((counts >= config.num_ids).sum())) and is_main():
+            print(f"{crowded} of {len(counts)} images have more than {config.num_ids - 1} "
+                  "segments: the largest are kept, the rest is VOID in training")
+
+    def __len__(self):
+        return len(self.data)
+
+    @lru_cache(maxsize=2)
+    def _order(self, epoch):
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", epoch))
+        return torch.randperm(len(self.data), generator=generator)
+
+    def __getitem__(self, position):
+        epoch, place = divmod(position, len(self.data))
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "sample", position))
+        record = self.data[int(self._order(epoch)[place])]
+        return prepare(record, self.config, generator, augment=True) | {
+            "seed": stable_seed(self.seed, "noise", position)}
+
+
+def training_loader(stream, batch_size, accumulate, start, stop, workers):
+    """Micro-batches of this rank for the optimizer steps start..stop-1, `accumulate` per step."""
+    rank, world = rank_and_world()
+    if batch_size % (accumulate * world):
+        raise ValueError(f"batch size {batch_size}, expected a multiple of --accumulate x processes"
+                         f" = {accumulate} x {world}")
+    micro = batch_size // (accumulate * world)
+    firsts = range(start * batch_size + rank * micro, stop * batch_size, world * micro)
+    batches = (range(first, first + micro) for first in firsts)
+    return DataLoader(stream, batch_sampler=batches, num_workers=workers,
+                      pin_memory=torch.cuda.is_available())
+
+
+def segments_of(ids, category=1):
+    """COCO `segments_info` of an int map (H, W); all segments get the same category."""
+    areas, boxes = np.bincount(ids.ravel()), ndimage.find_objects(ids)
+    return [{"id": id, "category_id": category, "area": int(areas[id]), "iscrowd": 0,
+             "bbox": [x.start, y.start, x.stop - x.start, y.stop - y.start]}
+            for id, (y, x) in ((i + 1, box) for i, box in enumerate(boxes) if box)]
+
+
+# ---- 13. Running: command line, devices and ranks, optimizer, run folders, evaluation, pictures 
+
+SHIPPED = Path(__file__).parent / "assets" / "tiny.safetensors"
+
+
+def run_script(main):
+    """Call main(); a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        message = str(error).strip().splitlines()[-1]  # a loader process puts its traceback first
+        print(message.removeprefix("ValueError: ").removeprefix("FileNotFoundError: "),
+              file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def base_parser(description):
+    """The flags that mean the same in every script."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--images", metavar="DIR", help="where the images are, when --data is a JSON")
+    add("--split", help="split to evaluate (default: the data's only val*)")
+    add("--limit", type=int, metavar="N", help="only the first N images of that split")
+    add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)")
+    add("--amp", choices=("bf16", "fp16", "off"),
+        help="mixed precision (default: bf16 on cuda, else off)")
+    add("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 1) // 2), metavar="N",
+        help="data loading processes, 0 for none (default: %(default)s)")
+    return parser
+
+
+def training_parser(description, stage):
+    """`base_parser` and the flags of both training scripts; stage: "ae" or "ldm"."""
+    parser = base_parser(description)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="tiny", help="where the Config starts (default: tiny)")
+    add("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE",
+        help="override Config fields; those of tiny:\n"
+             + "\n".join(f"{k}={v}" for k, v in asdict(Config()).items()))
+    add("--data", nargs="+", default=["shapes"],
+        help="'shapes' (generated), COCO-layout folders, a panoptic JSON (default: shapes);\n"
+             "of several, the last one is evaluated")
+    add("--train-split", metavar="SPLIT", help="to train on (default: the data's only train*)")
+    add("--out", default=f"runs/{stage}", help="run folder (default: %(default)s)")
+    add("--steps", type=int, help=f"optimizer steps (default: {stage}_steps)")
+    add("--batch-size", type=int, metavar="IMAGES",
+        help=f"per step, all processes together (default: {stage}_batch)")
+    add("--accumulate", type=int, default=1, help="micro-batches per step (default: 1)")
+    add("--eval-every", type=int, default=500, metavar="STEPS",
+        help="evaluate and save (default: 500)")
+    add("--fresh", action="store_true", help="start over in an existing run folder")
+    return parser
+
+
+def training_config(args, stage):
+    """The Config of a training script: the preset, then --set, --steps, --batch-size."""
+    flags = {f"{stage}_steps": args.steps, f"{stage}_batch": args.batch_size}
+    flags = {k: v for k, v in flags.items() if v is not None}
+    return replace(override(PRESETS[args.preset], args.set), **flags)
+
+
+def training_data(args, size):
+    """The training sets of `--data` and the evaluated split of the last one."""
+    train = [open_dataset(d, args.train_split, args.images, size, "train") for d in args.data]
+    return train, open_dataset(args.data[-1], args.split, args.images, size, "val")
+
+
+def setup_distributed(device=None, amp=None):
+    """Join the process group under torchrun. Returns the torch device and the autocast dtype."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device is None:
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    amp = amp or ("bf16" if device.type == "cuda" else "off")
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("--amp fp16 needs cuda; on cpu use bf16 or off")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def is_main():
+    return rank_and_world()[0] == 0
+
+
+def autocast(device, dtype):
+    """torch.autocast, or nothing where dtype is None."""
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def progress(iterable, total, description, start=0):
+    """A progress bar on rank 0 and only on a terminal."""
+    return tqdm(iterable, description, total, initial=start, leave=False,
+                disable=not (is_main() and sys.stderr.isatty()))
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW; the weight decay is Eq. 2's last term, none on norms and biases."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+
+
+def learning_rate(step, steps, peak, schedule, warmup):
+    """Linear warm-up to `peak`, then constant or a cosine down to 1e-6."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    done = (step - warmup) / max(1, steps - warmup)
+    return 1e-6 + 0.5 * (peak - 1e-6) * (1 + math.cos(math.pi * done))
+
+
+def make_ema(model, decay):
+    """Exponential moving average of the weights; the decay warms up as (1 + n) / (10 + n)."""
+    def update(averages, weights, n):
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + float(n)) / (10 + float(n))))
+
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
+
+
+def optimizer_step(model, optimizer, scaler, lr, max_norm):
+    """One update at learning rate `lr`, the gradient clipped to norm `max_norm`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+class Meter:
+    """Means of training scalars, over ranks, since the last flush."""
+
+    def __init__(self):
+        self.sums, self.calls, self.images, self.since = {}, 0, 0, time.time()
+
+    def add(self, images, **values):
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        self.calls, self.images = self.calls + 1, self.images + images
+
+    def flush(self):
+        """{name: mean, "images_per_second"}. Raises ValueError where the loss is not finite."""
+        means = torch.stack(list(self.sums.values())) / self.calls
+        world = rank_and_world()[1]
+        if world > 1:
+            dist.all_reduce(means)
+        result = {k: v / world for k, v in zip(self.sums, means.tolist())}
+        if not math.isfinite(result["loss"]):
+            raise ValueError(f"loss is {result['loss']}: stopped, the last checkpoint is kept; try "
+                             "a lower learning rate (--set ae_lr=... or ldm_lr=...) or --amp off")
+        result["images_per_second"] = world * self.images / (time.time() - self.since)
+        self.__init__()
+        return result
+
+
+@contextmanager
+def replacing(path):
+    """Write to a temporary name, then rename: a file is whole or absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(path, model, config, step, dtype=torch.float32):
+    """Write safetensors that `load_model` reads; the Config travels in the file's metadata."""
+    tensors = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    about = {"model": type(model).__name__, "step": step, "config": asdict(config)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"ldmseg": json.dumps(about)})
+
+
+def save_run(out, step, model, config, settings, state):
+    """Write a run folder: checkpoint.pt to resume from; model.safetensors, config.json to use."""
+    checkpoint = {k: part.state_dict() for k, part in state.items()}
+    checkpoint |= {"step": step, "settings": settings}
+    with replacing(Path(out, "checkpoint.pt")) as temporary:
+        torch.save(checkpoint, temporary)
+    save_weights(Path(out, "model.safetensors"), model, config, step)
+    write_json(Path(out, "config.json"), asdict(config))
+
+
+def run_settings(args, config):
+    """What a resumed run must share with its checkpoint: everything that shapes the training."""
+    names = ("preset", "data", "images", "train_split", "seed", "accumulate", "amp")
+    return asdict(config) | {name: getattr(args, name) for name in names}
+
+
+def resume_run(out, settings, state, fresh):
+    """Load checkpoint.pt into `state` (name -> module, optimizer, ...); returns its step, or 0.
+
+    Raises ValueError naming the first setting that differs from the checkpoint's; the number of
+    steps may. With `fresh`, an existing run is ignored.
+    """
+    path = Path(out, "checkpoint.pt")
+    if fresh or not path.exists():
+        if is_main():
+            Path(out, "log.jsonl").unlink(missing_ok=True)
+        return 0
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        stored = checkpoint.pop("settings")
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint ({str(error).splitlines()[0]}); "
+                         "--fresh starts over") from None
+    for name in settings | stored:
+        ours, theirs = settings.get(name), stored.get(name)
+        if ours != theirs and name not in ("ae_steps", "ldm_steps", "eval_steps"):
+            raise ValueError(f"{out}: its run has {name} {theirs}, this command {ours}; "
+                             "use the same, another --out, or --fresh to start over")
+    for name, part in state.items():
+        part.load_state_dict(checkpoint[name])
+    return checkpoint["step"]
+
+
+def read_weights(path):
+    """(model name, Config, tensors) of a run folder or a safetensors file."""
+    path = Path(path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"{path}: no weights, expected a run folder or .safetensors file")
+    try:
+        with safe_open(file, "pt") as weights:
+            about = json.loads(weights.metadata()["ldmseg"])
+            tensors = {k: weights.get_tensor(k).float() for k in weights.keys()}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
+        return about["model"], Config(**values), tensors
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file}: not weights that these scripts wrote ({reason})") from None
+
+
+def load_model(path, device="cpu"):
+    """LDMSeg from a run folder or a weights file, in evaluation mode. `.config` is its Config."""
+    name, config, tensors = read_weights(path)
+    if name != "LDMSeg":
+        raise ValueError(f"{path}: holds a {name}, expected the weights of train_ldm.py")
+    model = LDMSeg(config)
+    model.load_state_dict(tensors)
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def load_autoencoder(path, device="cpu"):
+    """(MaskAutoencoder, Config) from a run of either stage or a weights file."""
+    name, config, tensors = read_weights(path)
+    if name == "LDMSeg":
+        prefix = "autoencoder."
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    autoencoder = MaskAutoencoder(config)
+    autoencoder.load_state_dict(tensors)
+    return autoencoder.to(device, memory_format=torch.channels_last).eval(), config
+
+
+def default_weights(folder):
+    """`folder` if it holds weights, else the shipped ones; says which."""
+    path = Path(folder) if Path(folder, "model.safetensors").exists() else SHIPPED
+    if is_main():
+        print(f"weights: {path}")
+    return path
+
+
+def log_line(out, **values):
+    """Append one JSON object to log.jsonl and print it, on rank 0."""
+    if is_main():
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with open(Path(out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(values) + "\n")
+        words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        tqdm.write("  ".join(words))
+
+
+@torch.no_grad()
+def predict_dataset(logits_of, dataset, config, device, seed=0, workers=0, limit=None):
+    """Run a model over this rank's share of a data set; yields (index, record, logits) per image.
+
+    logits_of: a function of the batch {"image", "ids", "seed"} to logits (B, N, H/2, W/2); an
+    image's noise seed and ids depend on `seed` and its image id only.
+    """
+    rank, world = rank_and_world()
+    indices = range(rank, min(len(dataset), limit or len(dataset)), world)
+    loader = DataLoader(Subset(dataset, indices), 16, num_workers=workers, collate_fn=list)
+    done = 0
+    for records in progress(loader, len(loader), "predicting"):
+        seeds = [stable_seed(seed, r["image_id"]) for r in records]
+        samples = [prepare(r, config, torch.Generator().manual_seed(s), augment=False)
+                   for r, s in zip(records, seeds)]
+        batch = {k: torch.stack([s[k] for s in samples]).to(device) for k in ("image", "ids")}
+        for record, logits in zip(records, logits_of(batch | {"seed": seeds})):
+            yield indices[done], record, logits
+            done += 1
+
+
+def evaluate_pq(logits_of, dataset, config, device, min_area, pictures=0, **options):
+    """Class-agnostic PQ of `logits_of` over a data set and all ranks, and the first predictions.
+
+    The truth is the untouched annotation. Returns (PanopticQuality.compute(), [ids, ...]).
+    """
+    metric, kept = PanopticQuality(dataset.categories, class_agnostic=True), []
+    for _, record, logits in predict_dataset(logits_of, dataset, config, device, **options):
+        ids = postprocess(logits, record["ids"].shape, config.mask_threshold, min_area)
+        ids = ids.cpu().numpy()
+        metric.update(record["ids"], record["segments"], ids, segments_of(ids))
+        if len(kept) < pictures:
+            kept.append((record, ids))
+    metric.all_reduce(device)
+    return metric.compute(), kept
+
+
+def colorize(ids):
+    """int ids (H, W) -> uint8 (H, W, 3): a fixed distinct colour per id, VOID black."""
+    hues = np.arange(256) * 0.618034 % 1
+    palette = np.array([colorsys.hsv_to_rgb(h, 0.45 + 0.5 * (i % 3) / 2, 0.95 - 0.3 * (i % 2))
+                        for i, h in enumerate(hues)])
+    palette[0] = 0
+    return (palette[np.where(ids > 0, 1 + (ids - 1) % 255, 0)] * 255).astype(np.uint8)
+
+
+def overlay(image, ids):
+    """Blend uint8 image (H, W, 3) with the colours of its segments; VOID shows the image."""
+    mixed = 0.45 * image + 0.55 * colorize(ids)
+    return np.where(ids[..., None] == VOID, image, mixed).astype(np.uint8)
+
+
+def save_grid(path, titles, rows, tile=160):
+    """A PNG of uint8 pictures (H, W, 3) in rows, each column under its title."""
+    canvas = Image.new("RGB", (len(titles) * (tile + 4), 18 + len(rows) * (tile + 4)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for x, title in enumerate(titles):
+        draw.text((x * (tile + 4) + 4, 3), title, fill="black")
+        for y, row in enumerate(rows):
+            picture = Image.fromarray(row[x])
+            scale = tile / max(picture.size)
+            size = [max(1, round(side * scale)) for side in picture.size]
+            canvas.paste(picture.resize(size, Image.NEAREST if scale > 1 else Image.LANCZOS),
+                         (x * (tile + 4), 18 + y * (tile + 4)))
+    with replacing(path) as temporary:
+        canvas.save(temporary, "PNG")
+
+
+def write_png(path, array):
+    with replacing(path) as temporary:
+        Image.fromarray(array).save(temporary, "PNG")
+
+
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))

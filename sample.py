@@ -1,0 +1,148 @@
+"""Images -> panoptic masks (Alg. 2).
+
+    python sample.py                           # eight generated scenes, the shipped weights
+    python sample.py cat.jpg street.png        # your images
+    python sample.py --data coco/ --weights runs/coco --limit 100
+
+Leaves in --out: per image a panoptic PNG (id = R + 256 G + 65536 B, 0 = VOID) and an overlay;
+panoptic.json in the COCO format; grid.png with all of the first images; denoising.png with the
+prediction after 1, 5, 10, 20, 50 steps of one run (Fig. S5); noises.png with two noises (Fig. 10).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ldmseg import (
+    ShapeScenes, autocast, base_parser, colorize, default_weights, id2rgb, is_main, load_model,
+    open_dataset, overlay, postprocess, predict_dataset, prepare, rank_and_world, read_image,
+    run_script, save_grid, seeded_noise, segments_of, setup_distributed, stable_seed,
+    write_json, write_png,
+)  # fmt: skip
+
+SHOWN = (1, 5, 10, 20, 50)
+
+
+class ImageFiles(list):
+    """Image paths as a data set without annotations; an image's id is its file name."""
+
+    def __getitem__(self, index):
+        image = read_image(list.__getitem__(self, index))
+        name = Path(list.__getitem__(self, index)).name
+        return {"image": image, "ids": np.zeros(image.shape[:2], np.int64), "segments": [],
+                "image_id": name, "file_name": name}
+
+
+def parse(argv):
+    parser = base_parser(__doc__)
+    add = parser.add_argument
+    add("paths", nargs="*", metavar="IMAGE", help="image files (default: eight generated scenes)")
+    add("--data", help="segment a split of 'shapes', a COCO-layout folder or a panoptic JSON")
+    add("--weights", metavar="RUN", 
+        help="run folder or weights file (default: runs/ldm if there, else shipped)")
+    add("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    add("--out", default="runs/sample", help="output folder (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def choose_images(args, size):
+    """The data set to segment and how many of its images."""
+    if args.paths and args.data:
+        raise ValueError("both image files and --data are given, expected one of them")
+    if args.paths:
+        missing = [p for p in args.paths if not Path(p).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{missing[0]}: no such image file ({len(missing)} missing)")
+        return ImageFiles(args.paths), args.limit
+    if args.data:
+        return open_dataset(args.data, args.split, args.images, size, "val"), args.limit
+    return ShapeScenes("val", size), args.limit or 8
+
+
+def batch_of(records, model, seed, device):
+    """What the model sees of some records: image (B, 3, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = [prepare(r, model.config, generator, augment=False) for r in records]
+    return torch.stack([s["image"] for s in samples]).to(device)
+
+
+@torch.no_grad()
+def draw_denoising(model, records, args, device, path):
+    """Fig. S5: the predicted mask along one run."""
+    image = batch_of(records, model, args.seed, device)
+    seeds = [stable_seed(args.seed, r["image_id"]) for r in records]
+    noise = seeded_noise(seeds, model.config, device)
+    rows = [[r["image"]] for r in records]
+    for step, x0 in enumerate(model.denoise(model.encode_image(image), noise, args.steps), start=1):
+        if step in SHOWN or step == args.steps:
+            for row, logits in zip(rows, model.decode_mask(x0)):
+                row.append(colorize(segment(logits, row[0].shape[:2], model.config)))
+    shown = [f"step {s}" for s in range(1, args.steps + 1) if s in SHOWN or s == args.steps]
+    save_grid(path, ["image", *shown], rows)
+
+
+def draw_noises(model, records, args, device, path):
+    """Fig. 10: the same images from two noises, each shared by all images; the ids differ."""
+    image = batch_of(records, model, args.seed, device)
+    rows = [[r["image"]] for r in records]
+    for noise in (0, 1):
+        seeds = [stable_seed(args.seed, "noise", noise)] * len(records)
+        logits = model.sample(image, seeds, args.steps)
+        for row, one in zip(rows, logits):
+            row.append(colorize(segment(one, row[0].shape[:2], model.config)))
+    save_grid(path, ["image", "noise 1", "noise 2"], rows)
+
+
+def segment(logits, size, config):
+    return postprocess(logits, size, config.mask_threshold, config.min_area).cpu().numpy()
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, dtype = setup_distributed(args.device, args.amp)
+    model = load_model(args.weights or default_weights("runs/ldm"), device)
+    model.schedule.timesteps(args.steps)  # an impossible number of steps stops here
+    dataset, limit = choose_images(args, model.config.size)
+    out = Path(args.out)
+
+    def sample(batch):
+        with autocast(device, dtype):
+            return model.sample(batch["image"], batch["seed"], args.steps)
+
+    annotations, rows, first = [], [], []
+    options = dict(seed=args.seed, workers=args.workers, limit=limit)
+    for index, record, logits in predict_dataset(sample, dataset, model.config, device, **options):
+        ids = segment(logits, record["ids"].shape, model.config)
+        stem = Path(record["file_name"]).with_suffix("")
+        write_png(out / f"{stem}.png", id2rgb(ids))
+        write_png(out / f"{stem}_overlay.png", overlay(record["image"], ids))
+        annotations.append((index, {"image_id": record["image_id"], "file_name": f"{stem}.png",
+                                    "segments_info": segments_of(ids)},
+                            {"id": record["image_id"], "file_name": record["file_name"],
+                             "height": ids.shape[0], "width": ids.shape[1]}))
+        if len(rows) < 8:
+            truth = [colorize(record["ids"])] if record["segments"] else []
+            rows.append([record["image"], *truth, colorize(ids), overlay(record["image"], ids)])
+            first.append(record)
+
+    gathered = [None] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(gathered, annotations)
+        annotations = [a for part in gathered for a in part]
+    if not is_main():
+        return
+    _, predictions, images = zip(*sorted(annotations, key=lambda a: a[0]))
+    categories = [{"id": 1, "name": "segment", "isthing": 1}]
+    write_json(out / "panoptic.json",
+               {"images": images, "annotations": predictions, "categories": categories})
+    titles = ["image", *["truth"] * (len(rows[0]) == 4), "prediction", "overlay"]
+    save_grid(out / "grid.png", titles, rows)
+    draw_denoising(model, first[:4], args, device, out / "denoising.png")
+    draw_noises(model, first[:4], args, device, out / "noises.png")
+    print(f"{len(predictions)} images -> {out}/ (see grid.png, denoising.png, noises.png)")
+
+
+if __name__ == "__main__":
+    run_script(main)

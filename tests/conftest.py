@@ -1,0 +1,153 @@
+"""What the tests share: a tiny data set, a model around a stub UNet, and tiny trained runs."""
+
+import json
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+import ldmseg  # noqa: E402
+import train_ae  # noqa: E402
+import train_ldm  # noqa: E402
+
+TINY = ["size=32", "bits=3", "ae_widths=8,16,32,32", "points=40", "stem_widths=8,8,16",
+        "unet_widths=32,32", "unet_heads=2", "warmup=1", "min_segment=4", "min_area=4",
+        "mask_threshold=0"]  # fmt: skip
+
+# Per image: height, width, and its segments (id, category, crowd, rows, columns) in the order
+# they are painted; what no segment covers is VOID.
+SCENES = {
+    "train": [
+        (30, 44, [(1, 9, 0, (0, 18), (0, 44)), (300, 9, 0, (18, 30), (0, 44)),
+                  (70000, 7, 0, (6, 24), (8, 28))]),
+        (48, 33, [(5, 9, 0, (0, 48), (0, 33)), (6, 7, 1, (30, 48), (0, 20))]),
+        (40, 56, [(900, 7, 0, (10, 40), (0, 30))]),
+    ],
+    "val": [
+        (36, 50, [(2, 9, 0, (0, 36), (0, 25)), (1000000, 7, 0, (0, 36), (25, 50))]),
+        (52, 40, [(11, 9, 0, (0, 26), (0, 40)), (12, 7, 0, (26, 52), (0, 20)),
+                  (13, 7, 1, (26, 52), (20, 36))]),
+    ],
+}  # fmt: skip
+CATEGORIES = [{"id": 7, "name": "cell", "isthing": 1}, {"id": 9, "name": "ground", "isthing": 0}]
+
+
+def paint(height, width, segments):
+    """The id map (height, width) of one entry of SCENES."""
+    ids = np.zeros((height, width), np.int64)
+    for id, _, _, rows, columns in segments:
+        ids[slice(*rows), slice(*columns)] = id
+    return ids
+
+
+def write_split(root, split, scenes):
+    """Write one split in the COCO panoptic layout; an image's id is 10 + its index."""
+    rng = np.random.default_rng(len(split))
+    masks = root / "annotations" / f"panoptic_{split}"
+    for folder in (root / split, masks):
+        folder.mkdir(parents=True)
+    images, annotations = [], []
+    for i, (height, width, segments) in enumerate(scenes):
+        name, ids = f"{split}{i}.png", paint(height, width, segments)
+        colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+        Image.fromarray(colours).save(masks / name)
+        noise = rng.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(noise).save(root / split / name)
+        images.append({"id": 10 + i, "file_name": name, "height": height, "width": width})
+        annotations.append({"image_id": 10 + i, "file_name": name, "segments_info": [
+            {"id": id, "category_id": category, "iscrowd": crowd}
+            for id, category, crowd, _, _ in segments]})  # fmt: skip
+    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    (root / "annotations" / f"panoptic_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A read-only folder in the COCO panoptic layout: 3 training and 2 validation images."""
+    root = tmp_path_factory.mktemp("data")
+    for split, scenes in SCENES.items():
+        write_split(root, split, scenes)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of reference values beside the repository; without it the test is skipped."""
+    folder = REPO.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no reference values: {folder} is not there")
+    return folder
+
+
+def ae_command(data, out, *more):
+    """Arguments of train_ae.py for two steps of a tiny autoencoder."""
+    return ["--data", str(data), "--out", str(out), "--steps", "2", "--batch-size", "4",
+            "--workers", "0", "--device", "cpu", "--set", *TINY, *more]  # fmt: skip
+
+
+def ldm_command(data, ae, out, *more):
+    """Arguments of train_ldm.py for two steps on top of that autoencoder."""
+    return ["--ae", str(ae), "--eval-images", "2", "--eval-steps", "2",
+            *ae_command(data, out, *more)]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, data):
+    """Run folders of both stages after two steps: .ae and .ldm."""
+    out = tmp_path_factory.mktemp("runs")
+    train_ae.main(ae_command(data, out / "ae"))
+    train_ldm.main(ldm_command(data, out / "ae", out / "ldm"))
+    return SimpleNamespace(ae=out / "ae", ldm=out / "ldm")
+
+
+def small_config(**changes):
+    return ldmseg.override(ldmseg.Config(mask_scale=0.5, **changes), TINY)
+
+
+class StubUNet(nn.Module):
+    """Has the UNet's interface; its output is `function(inputs, t)`."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs, t, encoder_hidden_states=None):
+        return SimpleNamespace(sample=self.function(inputs, t))
+
+
+@pytest.fixture
+def stub_model(monkeypatch):
+    """A function (output function, Config fields) -> LDMSeg whose UNet is a StubUNet."""
+    def build(function, **changes):
+        monkeypatch.setattr(ldmseg, "build_unet", lambda *_: StubUNet(function))
+        torch.manual_seed(0)
+        return ldmseg.LDMSeg(small_config(**changes))
+
+    return build
+
+
+def fill_by_rule(key, shape):
+    """The tensor that the reference values were made with; see the README beside them."""
+    values = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
+    values = values.astype(np.float32)
+    if len(shape) > 1:
+        values = values / np.sqrt(np.prod(shape[1:]))
+    else:
+        values = 0.1 * values + key.endswith("weight")
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def relative_error(got, expected):
+    """Largest deviation over the largest expected value."""
+    got, expected = torch.as_tensor(got), torch.as_tensor(expected)
+    assert got.shape == expected.shape
+    return ((got - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,100 @@
+"""Stage 1: train the mask autoencoder (Sec. 3.1). It sees masks only, never an image.
+
+    python train_ae.py                                     # generated scenes, on a laptop
+    python train_ae.py --data shapes coco/ --set bits=7    # several data sets
+    torchrun --nproc_per_node 8 train_ae.py --preset paper --data coco/
+
+The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt and
+a picture per evaluation (mask | reconstruction) in the run folder.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ldmseg import (
+    MaskAutoencoder, Meter, TrainingStream, ae_loss, autocast, candidate_coords, colorize,
+    evaluate_pq, int2bits, is_main, learning_rate, log_line, make_ema, make_optimizer,
+    optimizer_step, progress, resume_run, run_script, run_settings, save_grid,
+    save_run, setup_distributed, training_config, training_data,
+    training_loader, training_parser,
+)  # fmt: skip
+
+
+@torch.no_grad()
+def latent_std(autoencoder, stream, config, device, count=512):
+    """Standard deviation of the latents of the stream's first samples (the same on all ranks)."""
+    latents = []
+    for first in range(0, count, 16):
+        ids = torch.stack([stream[i]["ids"] for i in range(first, first + 16)]).to(device)
+        latents.append(autoencoder.encode(int2bits(ids, config.bits)))
+    return torch.cat(latents).std().item()
+
+
+def evaluate(autoencoder, val, config, device, args):
+    """Reconstruction PQ (no area filter), and rows of pictures: mask | reconstruction."""
+    def reconstruct(batch):
+        return autoencoder(int2bits(batch["ids"], config.bits))
+
+    options = dict(limit=args.limit, workers=args.workers, seed=args.seed, pictures=8)
+    result, kept = evaluate_pq(reconstruct, val, config, device, min_area=0, **options)
+    return result["All"], [[colorize(record["ids"]), colorize(ids)] for record, ids in kept]
+
+
+def main(argv=None):
+    args = training_parser(__doc__, "ae").parse_args(argv)
+    config = training_config(args, "ae")
+    device, dtype = setup_distributed(args.device, args.amp)
+    train, val = training_data(args, config.size)
+    stream = TrainingStream(train, config, args.seed)
+
+    torch.manual_seed(args.seed)
+    model = MaskAutoencoder(config).to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, config.ae_lr, config.weight_decay)
+    ema = make_ema(model, config.ema)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    settings = run_settings(args, config)
+    start, steps = resume_run(args.out, settings, state, args.fresh), config.ae_steps
+    if start >= steps:
+        return print(f"finished at step {start}; --fresh starts over")
+    loader = training_loader(stream, config.ae_batch, args.accumulate, start, steps, args.workers)
+    net = DistributedDataParallel(model) if dist.is_initialized() else model
+
+    meter, batches = Meter(), iter(loader)
+    for step in progress(range(start, steps), steps, "stage 1", start):
+        for micro in range(1, args.accumulate + 1):
+            net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
+            batch = next(batches)
+            ids = batch["ids"].to(device, non_blocking=True)
+            coords = candidate_coords(batch["seed"], config.points, device)
+            with autocast(device, dtype):
+                logits = net(int2bits(ids, config.bits))  # (B, N, H/2, W/2)
+                loss, parts = ae_loss(logits, ids, coords, config.points)
+            scaler.scale(loss / args.accumulate).backward()
+            meter.add(len(ids), loss=loss, **parts)
+        lr = learning_rate(step, steps, config.ae_lr, config.ae_schedule, config.warmup)
+        optimizer_step(model, optimizer, scaler, lr, config.ae_clip)
+        ema.update_parameters(model)
+
+        done = step + 1
+        evaluating = done % args.eval_every == 0 or done == steps
+        if done % 50 == 0 or evaluating:
+            log_line(args.out, step=done, lr=lr, **meter.flush())
+        if evaluating:
+            averaged = ema.module.eval()
+            scores, rows = evaluate(averaged, val, config, device, args)
+            std = latent_std(averaged, stream, config, device)
+            log_line(args.out, step=done, reconstruction_pq=scores["pq"], sq=scores["sq"],
+                     rq=scores["rq"], latent_std=std)
+            if is_main():
+                measured = replace(config, mask_scale=config.mask_scale or config.mask_std / std)
+                save_grid(f"{args.out}/step{done:06d}.png", ["truth", "reconstruction"], rows)
+                save_run(args.out, done, averaged, measured, settings, state)
+            meter = Meter()  # its clock starts again
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,125 @@
+"""Stage 2: train the denoising UNet on mask latents, given image latents (Sec. 3.2).
+
+    python train_ldm.py                                     # generated scenes, on a laptop
+    python train_ldm.py --data coco/ --ae runs/ae --out runs/coco
+    torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --ae runs/ae_paper
+
+The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt and
+a picture per evaluation (image | truth | prediction | autoencoder alone) in the run folder.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ldmseg import (
+    LDMSeg, Meter, TrainingStream, autocast, colorize, default_weights, evaluate_pq,
+    is_main, learning_rate, load_autoencoder, log_line, make_ema,
+    make_optimizer, optimizer_step, override, progress, resume_run, run_script, run_settings,
+    save_grid, save_run, seeded_noise, seeded_timesteps, setup_distributed, stable_seed,
+    training_config, training_data, training_loader, training_parser,
+)  # fmt: skip
+
+
+def parse(argv):
+    parser = training_parser(__doc__, "ldm")
+    parser.add_argument("--ae", metavar="RUN",
+                        help="stage 1's run (default: runs/ae if there, else shipped)")
+    return parser.parse_args(argv)
+
+
+def inherit_autoencoder(config, ae_config, path, assignments):
+    """`config` with the codes, shape and scale of a trained autoencoder.
+
+    Raises ValueError where the two sizes differ or --set asks for another autoencoder.
+    """
+    names = ("bits", "ae_widths", "latent_channels")
+    scale = config.mask_scale or ae_config.mask_scale * config.mask_std / ae_config.mask_std
+    inherited = replace(config, mask_scale=scale, **{n: getattr(ae_config, n) for n in names})
+    chosen = override(inherited, assignments)
+    for name in (*names, "size"):
+        if getattr(chosen, name) != getattr(ae_config, name):
+            raise ValueError(f"--ae {path}: its {name} is {getattr(ae_config, name)}, expected "
+                             f"{getattr(chosen, name)}; train stage 1 with the same --set")
+    return chosen
+
+
+def evaluate(model, val, config, device, dtype, args):
+    """PQ of samples, and rows of pictures: image | truth | prediction | autoencoder alone."""
+    def sample(batch):
+        with autocast(device, dtype):
+            return model.sample(batch["image"], batch["seed"], config.eval_steps)
+
+    def reconstruct(batch):
+        return model.decode_mask(model.encode_mask(batch["ids"]))
+
+    options = dict(limit=args.limit or 50, workers=args.workers, seed=args.seed, pictures=6)
+    scores, kept = evaluate_pq(sample, val, config, device, config.min_area, **options)
+    ceiling, best = evaluate_pq(reconstruct, val, config, device, config.min_area, **options)
+    rows = [[record["image"], colorize(record["ids"]), colorize(ids), colorize(ids_ae)]
+            for (record, ids), (_, ids_ae) in zip(kept, best)]
+    return scores["All"], ceiling["All"], rows
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, dtype = setup_distributed(args.device, args.amp)
+    ae = args.ae or default_weights("runs/ae")
+    autoencoder, ae_config = load_autoencoder(ae, device)
+    config = inherit_autoencoder(training_config(args, "ldm"), ae_config, ae, args.set)
+    train, val = training_data(args, config.size)
+    stream = TrainingStream(train, config, args.seed)
+
+    torch.manual_seed(args.seed)
+    model = LDMSeg(config)
+    model.autoencoder.load_state_dict(autoencoder.state_dict())
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, config.ldm_lr, config.weight_decay)
+    ema = make_ema(model, config.ema)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    settings = run_settings(args, config)
+    start, steps = resume_run(args.out, settings, state, args.fresh), config.ldm_steps
+    if start >= steps:
+        return print(f"finished at step {start}; --fresh starts over")
+    loader = training_loader(stream, config.ldm_batch, args.accumulate, start, steps, args.workers)
+    net = DistributedDataParallel(model) if dist.is_initialized() else model
+
+    meter, batches = Meter(), iter(loader)
+    for step in progress(range(start, steps), steps, "stage 2", start):
+        # one coin per optimizer step, the same on all ranks
+        self_condition = stable_seed(args.seed, "coin", step) / 2**32 < config.self_condition
+        for micro in range(1, args.accumulate + 1):
+            net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
+            batch = next(batches)
+            image, ids = (batch[k].to(device, non_blocking=True) for k in ("image", "ids"))
+            eps = seeded_noise(batch["seed"], config, device)
+            t = seeded_timesteps(batch["seed"], device)
+            with autocast(device, dtype):
+                loss = net(image, ids, eps, t, self_condition)  # Eq. 4
+            scaler.scale(loss / args.accumulate).backward()
+            meter.add(len(ids), loss=loss)
+        lr = learning_rate(step, steps, config.ldm_lr, config.ldm_schedule, config.warmup)
+        optimizer_step(model, optimizer, scaler, lr, config.ldm_clip)
+        ema.update_parameters(model)
+
+        done = step + 1
+        evaluating = done % args.eval_every == 0 or done == steps
+        if done % 50 == 0 or evaluating:
+            log_line(args.out, step=done, lr=lr, **meter.flush())
+        if evaluating:
+            averaged = ema.module.eval()
+            scores, ceiling, rows = evaluate(averaged, val, config, device, dtype, args)
+            log_line(args.out, step=done, pq=scores["pq"], sq=scores["sq"], rq=scores["rq"],
+                     autoencoder_pq=ceiling["pq"], sampling_steps=config.eval_steps)
+            if is_main():
+                titles = ["image", "truth", "prediction", "autoencoder alone"]
+                save_grid(f"{args.out}/step{done:06d}.png", titles, rows)
+                save_run(args.out, done, averaged, config, settings, state)
+            meter = Meter()  # its clock starts again
+
+
+if __name__ == "__main__":
+    run_script(main)

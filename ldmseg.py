@@ -27,6 +27,7 @@ import os
 import sys
 import time
 import zlib
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -41,7 +42,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import ndimage
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.transforms import v2
@@ -63,11 +64,10 @@ class Config:
     ae_widths: tuple = (16, 32, 64, 128)  # channels at 1/1, 1/2, 1/4, 1/8 resolution
     latent_channels: int = 4
     points: int = 410  # points where the losses are computed, per image and per segment
-    ae_steps: int = 1700
+    ae_steps: int = 1650
     ae_batch: int = 32
     ae_lr: float = 2e-3
     ae_clip: float = 3.0  # gradient norm
-    ae_schedule: str = "cosine"  # learning rate after the warm-up: "constant", "cosine" to 1e-6
     # stage 2: diffusion
     mask_scale: float = 0.0  # multiplies mask latents; 0: measured, so that their std is mask_std
     mask_std: float = 0.7
@@ -81,36 +81,31 @@ class Config:
     unet_attention: tuple = (1, 1)  # 1: self-attention at this level
     unet_layers: int = 1  # residual blocks per level
     unet_heads: int = 4
-    ldm_steps: int = 2000
-    ldm_batch: int = 32
+    ldm_steps: int = 3000
+    ldm_batch: int = 16
     ldm_lr: float = 5e-4
     ldm_clip: float = 1.0
-    ldm_schedule: str = "constant"
     eval_steps: int = 20  # sampling steps of the evaluations during training
     # both stages
     warmup: int = 200  # steps
+    lr_schedule: str = "constant"  # after the warm-up: "constant" or "cosine" (to 1e-6)
     weight_decay: float = 0.05
     ema: float = 0.999  # decay of the weights' moving average; 0: off
     # post-processing
     mask_threshold: float = 0.5  # less confident pixels are VOID
-    min_area: int = 8  # smaller predicted segments (pixels of the original image) are VOID
+    min_area: int = 16  # smaller predicted segments (pixels of the original image) are VOID
 
     def __post_init__(self):
-        cell = 8 * 2 ** (len(self.unet_widths) - 1)
-        checks = {
-            "prediction": (self.prediction in ("eps", "v"), "eps or v"),
-            "loss_weights": (self.loss_weights in ("paper", "released", "none"),
-                             "paper, released or none"),
-            "ae_schedule": (self.ae_schedule in ("constant", "cosine"), "constant or cosine"),
-            "ldm_schedule": (self.ldm_schedule in ("constant", "cosine"), "constant or cosine"),
-            "image_encoder": (self.image_encoder == "patch", "patch"),
-            "size": (self.size > 0 and self.size % cell == 0, f"a multiple of {cell}"),
-            "bits": (1 <= self.bits <= 10, "1 to 10"),
-        }  # fmt: skip
-        for name in ("ae_steps", "ae_batch", "ldm_steps", "ldm_batch", "points"):
-            checks[name] = getattr(self, name) > 0, "at least 1"
-        for name, (fine, expected) in checks.items():
-            if not fine:
+        positive, cell = range(1, 10**9), 8 * 2 ** (len(self.unet_widths) - 1)
+        allowed = dict(
+            prediction=("eps", "v"), loss_weights=("paper", "released", "none"),
+            lr_schedule=("constant", "cosine"), image_encoder=("patch",), bits=range(1, 11),
+            size=range(cell, 10**9, cell), points=positive, ae_steps=positive, ae_batch=positive,
+            ldm_steps=positive, ldm_batch=positive,
+        )  # fmt: skip
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                expected = values if isinstance(values, tuple) else f"{values[0]}, {values[1]}, ..."
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
     @property
@@ -122,10 +117,9 @@ PRESETS = {
     "tiny": Config(),
     "paper": Config(
         preset="paper", size=512, bits=7, ae_widths=(32, 64, 128, 256), points=12544,
-        ae_steps=60_000, ae_batch=16, ae_lr=1e-4, ae_schedule="constant",
-        mask_scale=0.18215, image_scale=0.18215, prediction="eps",
-        unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0), unet_layers=2,
-        unet_heads=8, ldm_steps=200_000, ldm_batch=256, ldm_lr=1e-4, min_area=512,
+        ae_steps=60_000, ae_batch=16, ae_lr=1e-4, mask_scale=0.18215, image_scale=0.18215,
+        prediction="eps", unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0),
+        unet_layers=2, unet_heads=8, ldm_steps=200_000, ldm_batch=256, ldm_lr=1e-4, min_area=512,
     ),
 }  # fmt: skip
 
@@ -548,6 +542,13 @@ def postprocess(logits, size, mask_threshold, min_area):
 # ---- 11. Metrics: Panoptic Quality (Kirillov et al., 2019) -------------------------------------
 
 
+def compact_ids(ids, known):
+    """Map int ids (H, W) to 1..len(known) by their place in the list `known`, all others to 0."""
+    table = np.zeros(max(int(ids.max()), *known, 0) + 1, np.int64)
+    table[known] = np.arange(1, len(known) + 1)
+    return table[ids]
+
+
 class PanopticQuality:
     """Panoptic Quality, accumulated image by image.
 
@@ -605,14 +606,10 @@ class PanopticQuality:
     @staticmethod
     def _joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
         """Pixel counts (2 + gt segments, 2 + predicted): row and column 0 unknown ids, 1 VOID."""
-        compact = []
-        for ids, segments in ((gt_ids, gt_segments), (pred_ids, pred_segments)):
-            known = [VOID] + [s["id"] for s in segments]
-            table = np.zeros(max(int(ids.max()), *known) + 1, np.int32)
-            table[known] = np.arange(1, len(known) + 1)
-            compact.append(table[ids])
         shape = len(gt_segments) + 2, len(pred_segments) + 2
-        pairs = (compact[0] * shape[1] + compact[1]).ravel()
+        row = compact_ids(gt_ids, [VOID] + [s["id"] for s in gt_segments])
+        column = compact_ids(pred_ids, [VOID] + [s["id"] for s in pred_segments])
+        pairs = (row * shape[1] + column).ravel()
         counts = np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
         if counts[:, 0].any():
             raise ValueError("the prediction has pixels of a segment that is not in its list")
@@ -684,9 +681,10 @@ class ShapeScenes(Dataset):
         light = rng.uniform(-0.7, 0.7)
         palette = rng.uniform(0.1, 0.95, (2, 3))  # colours that things may share
         kinds = list(rng.integers(len(self.THINGS), size=rng.integers(2, 7)))
-        if rng.random() < 0.25:
+        if rng.random() < 0.2:
             kinds.insert(rng.integers(len(kinds) + 1), -1)  # a blob without a label
-        distances, placed = np.sort(rng.uniform(0.1, 0.75, len(kinds)))[::-1], []
+        distances = np.sort(rng.uniform(0.1, 0.75, len(kinds)))[::-1].tolist()
+        placed = []
         for kind, z in zip(kinds, distances):
             inside = self._paint(rng, image, depth, z, horizon, light, palette, placed, kind)
             ids[inside] = VOID if kind < 0 else len(segments) + 1
@@ -698,8 +696,8 @@ class ShapeScenes(Dataset):
         image = (image - 0.5) * rng.uniform(0.8, 1.1) + rng.uniform(0.45, 0.58)
         image += rng.uniform(0.01, 0.05) * rng.standard_normal(image.shape, dtype=np.float32)
         areas = np.bincount(ids.ravel(), minlength=len(segments) + 1)
-        segments = [s for s in segments if areas[s["id"]] >= 0.01 * ids.size]
-        ids[~np.isin(ids, [s["id"] for s in segments])] = VOID  # slivers
+        segments = [s for s in segments if areas[s["id"]] >= 0.02 * ids.size]
+        ids[~np.isin(ids, [s["id"] for s in segments])] = VOID  # what is left of hidden things
         return {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids, "depth": depth,
                 "segments": segments, "image_id": index,
                 "file_name": f"{self.split}{index:06d}.png"}
@@ -714,7 +712,7 @@ class ShapeScenes(Dataset):
                 wave = np.sin(2 * np.pi * (frequency * x[0] + rng.random()))
                 border = border + rng.uniform(0.005, 0.045) * wave
             region += y > border
-        horizon = borders[0] if count > 1 else 0.0
+        horizon = float(borders[0]) if count > 1 else 0.0
         classes = rng.permutation(5)[:1]
         if count > 1:  # sky or hills on top, ground below
             classes = np.append(rng.integers(2), 2 + rng.permutation(3)[: count - 1])
@@ -723,34 +721,33 @@ class ShapeScenes(Dataset):
         for i, kind in enumerate(classes):
             tint = np.array(tuple(self.STUFF.values())[kind])
             colour = 0.55 * tint + 0.45 * rng.uniform(0.1, 0.95, 3)
-            inside, texture = region == i, self._texture(rng, kind, 1.6 - ground)
-            image[inside] = colour * (1 + texture[inside][:, None])
+            inside = region == i
+            texture = self._texture(rng, kind, x[inside], y[inside], 1.6 - ground[inside])
+            image[inside] = colour.astype(np.float32) * (1 + texture[:, None])
             depth[inside] = (1.0, 0.9)[kind] if kind < 2 else ground[inside]
         segments = [{"id": i, "category_id": int(kind) + 1, "iscrowd": 0}
                     for i, kind in enumerate(classes, start=1)]  # fmt: skip
         return image, region + 1, depth, segments, horizon
 
-    def _texture(self, rng, kind, near):
-        """Brightness pattern (H, W) of a stuff class; finer where `near` is small."""
-        x, y = self.x, self.y
-        a, b, c = rng.uniform(0, 2 * np.pi, 3)
-        if kind == 0:  # sky: a gradient and soft clouds
-            return 0.3 * (y - 0.3) + 0.12 * np.sin(7 * y + a + 2 * np.sin(4 * x + b))
-        if kind == 1:  # hills: slanted ridges
-            return 0.25 * np.abs((5 * x + 3 * np.abs(y - 0.5) + a) % 1 - 0.5)
-        if kind == 2:  # grass: blades
-            return 0.22 * np.sin(70 * x / near + 3 * np.sin(23 * y + a)) * np.sin(31 * y / near + b)
-        if kind == 3:  # sand: ripples
-            return 0.13 * np.sin(45 * y / near + 2.5 * np.sin(9 * x + a))
-        return 0.2 * np.sin(38 * y / near + a) * np.sin(14 * x / near + 6 * np.sin(11 * y + b) + c)
+    @staticmethod
+    def _texture(rng, kind, x, y, near):
+        """Brightness pattern of a stuff class at pixels x, y; finer where `near` is small."""
+        (a, b, c), sin = rng.uniform(0, 2 * np.pi, 3).tolist(), np.sin
+        return (
+            lambda: 0.3 * (y - 0.3) + 0.12 * sin(7 * y + a + 2 * sin(4 * x + b)),  # soft clouds
+            lambda: 0.25 * np.abs((5 * x + 3 * np.abs(y - 0.5) + a) % 1 - 0.5),  # ridges
+            lambda: 0.22 * sin(70 * x / near + 3 * sin(23 * y + a)) * sin(31 * y / near + b),
+            lambda: 0.13 * sin(45 * y / near + 2.5 * sin(9 * x + a)),  # ripples
+            lambda: 0.2 * sin(38 * y / near + a) * sin(14 * x / near + 6 * sin(11 * y + b) + c),
+        )[kind]()
 
     def _paint(self, rng, image, depth, z, horizon, light, palette, placed, kind):
         """Paint one thing (kind -1: a blob) at distance z; returns where, bool (H, W)."""
-        radius = rng.uniform(0.19, 0.26) * (1.2 - 0.7 * z)
+        radius = rng.uniform(0.2, 0.265) * (1.2 - 0.65 * z)
         foot = horizon + (0.85 - z) / 0.65 * (1 - horizon)  # where the ground has this distance
         for _ in range(8):  # look for a place that does not hide another thing
             cx = rng.uniform(0, 1)
-            cy = np.clip(foot - 0.6 * radius + rng.uniform(-0.12, 0.12), 0.04, 0.96)
+            cy = min(max(foot - 0.6 * radius + rng.uniform(-0.12, 0.12), 0.04), 0.96)
             if all(math.hypot(cx - a, cy - b) > 0.75 * (radius + r) for a, b, r in placed):
                 break
         placed.append((cx, cy, radius))
@@ -758,10 +755,11 @@ class ShapeScenes(Dataset):
         window = tuple(slice(max(n - reach - 2, 0), n + reach + 3) for n in (row, column))
         angle = rng.uniform(0, 2 * np.pi)
         dx, dy = (self.x[window] - cx) / radius, (self.y[window] - cy) / radius
-        u = dx * np.cos(angle) + dy * np.sin(angle)
-        v = dy * np.cos(angle) - dx * np.sin(angle)
+        u = dx * math.cos(angle) + dy * math.sin(angle)
+        v = dy * math.cos(angle) - dx * math.sin(angle)
         outline = self._outline(kind, u, v)
         base = palette[rng.integers(2)] if rng.random() < 0.4 else rng.uniform(0.1, 0.95, 3)
+        base = base.astype(np.float32)
         frequency, pattern = rng.uniform(4, 9), rng.integers(4)  # plain, checks, stripes, plain
         paint = 0.3 * np.sign(np.sin(frequency * u)) * (1 <= pattern <= 2)
         if pattern == 1:
@@ -784,7 +782,7 @@ class ShapeScenes(Dataset):
         return (
             lambda: radius,  # ball
             lambda: np.maximum(x, 1.25 * y) / 0.9,  # box
-            lambda: np.maximum(1.73 * x + v, -2 * v) / 1.15,  # cone
+            lambda: np.maximum(1.73 * x + v, -2 * v) / 1.25,  # cone
             lambda: radius / (0.78 + 0.26 * np.cos(5 * angle)),  # star
             lambda: np.maximum(radius, 1 + 1.2 * (0.36 - radius)),  # ring
             lambda: np.maximum(np.maximum(x, y), np.minimum(x, y) / 0.45),  # cross
@@ -800,13 +798,6 @@ def rgb2id(rgb):
 def id2rgb(ids):
     """Inverse of rgb2id: int ids (H, W) in [0, 2^24 - 1] -> uint8 (H, W, 3)."""
     return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
-
-
-def compact_ids(ids, known):
-    """Map int ids (H, W) to 1..len(known) by their place in the list `known`, all others to 0."""
-    table = np.zeros(max(int(ids.max()), *known, 0) + 1, np.int64)
-    table[known] = np.arange(1, len(known) + 1)
-    return table[ids]
 
 
 def read_image(path):
@@ -919,31 +910,29 @@ def prepare(record, config, generator, augment):
 class TrainingStream(Dataset):
     """The endless order of training samples: position p -> a prepared sample and its noise seed.
 
-    Everything random about position p depends on (seed, p) only: a resumed run and any number of
-    ranks see the same samples.
+    Several data sets take turns, whatever their sizes. Everything random about position p depends
+    on (seed, p) only: a resumed run and any number of ranks see the same samples.
     """
 
     def __init__(self, datasets, config, seed):
-        self.data, self.config, self.seed = ConcatDataset(datasets), config, seed
+        self.datasets, self.config, self.seed = datasets, config, seed
         counts = np.concatenate([getattr(d, "segment_counts", []) for d in datasets])
         if (crowded := int((counts >= config.num_ids).sum())) and is_main():
             print(f"{crowded} of {len(counts)} images have more than {config.num_ids - 1} "
                   "segments: the largest are kept, the rest is VOID in training")
 
-    def __len__(self):
-        return len(self.data)
-
-    @lru_cache(maxsize=2)
-    def _order(self, epoch):
-        generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", epoch))
-        return torch.randperm(len(self.data), generator=generator)
+    @lru_cache(maxsize=8)
+    def _order(self, turn, epoch):
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", turn, epoch))
+        return torch.randperm(len(self.datasets[turn]), generator=generator).tolist()
 
     def __getitem__(self, position):
-        epoch, place = divmod(position, len(self.data))
+        place, turn = divmod(position, len(self.datasets))
+        epoch, place = divmod(place, len(self.datasets[turn]))
+        record = self.datasets[turn][self._order(turn, epoch)[place]]
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "sample", position))
-        record = self.data[int(self._order(epoch)[place])]
-        return prepare(record, self.config, generator, augment=True) | {
-            "seed": stable_seed(self.seed, "noise", position)}
+        sample = prepare(record, self.config, generator, augment=True)
+        return sample | {"seed": stable_seed(self.seed, "noise", position)}
 
 
 def training_loader(stream, batch_size, accumulate, start, stop, workers):
@@ -1013,7 +1002,7 @@ def training_parser(description, stage):
              + "\n".join(f"{k}={v}" for k, v in asdict(Config()).items()))
     add("--data", nargs="+", default=["shapes"],
         help="'shapes' (generated), COCO-layout folders, a panoptic JSON (default: shapes);\n"
-             "of several, the last one is evaluated")
+             "several take turns, the last one is evaluated")
     add("--train-split", metavar="SPLIT", help="to train on (default: the data's only train*)")
     add("--out", default=f"runs/{stage}", help="run folder (default: %(default)s)")
     add("--steps", type=int, help=f"optimizer steps (default: {stage}_steps)")
@@ -1083,13 +1072,13 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
 
 
-def learning_rate(step, steps, peak, schedule, warmup):
+def learning_rate(step, steps, peak, config):
     """Linear warm-up to `peak`, then constant or a cosine down to 1e-6."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "constant":
+    if step < config.warmup:
+        return peak * (step + 1) / config.warmup
+    if config.lr_schedule == "constant":
         return peak
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - config.warmup) / max(1, steps - config.warmup)
     return 1e-6 + 0.5 * (peak - 1e-6) * (1 + math.cos(math.pi * done))
 
 
@@ -1113,29 +1102,27 @@ def optimizer_step(model, optimizer, scaler, lr, max_norm):
 
 
 class Meter:
-    """Means of training scalars, over ranks, since the last flush."""
+    """Means of training scalars over batches and ranks."""
 
     def __init__(self):
-        self.sums, self.calls, self.images, self.since = {}, 0, 0, time.time()
+        self.sums, self.batches, self.images, self.start = Counter(), 0, 0, time.time()
 
     def add(self, images, **values):
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.calls, self.images = self.calls + 1, self.images + images
+            self.sums[name] += value.detach().float()
+        self.batches, self.images = self.batches + 1, self.images + images
 
-    def flush(self):
+    def means(self):
         """{name: mean, "images_per_second"}. Raises ValueError where the loss is not finite."""
-        means = torch.stack(list(self.sums.values())) / self.calls
-        world = rank_and_world()[1]
+        sums, world = torch.stack(list(self.sums.values())), rank_and_world()[1]
         if world > 1:
-            dist.all_reduce(means)
-        result = {k: v / world for k, v in zip(self.sums, means.tolist())}
+            dist.all_reduce(sums)
+        result = {k: v / world / self.batches for k, v in zip(self.sums, sums.tolist())}
         if not math.isfinite(result["loss"]):
             raise ValueError(f"loss is {result['loss']}: stopped, the last checkpoint is kept; try "
                              "a lower learning rate (--set ae_lr=... or ldm_lr=...) or --amp off")
-        result["images_per_second"] = world * self.images / (time.time() - self.since)
-        self.__init__()
-        return result
+        rate = world * self.images / (time.time() - self.start)
+        return result | {"images_per_second": rate}
 
 
 @contextmanager
@@ -1149,6 +1136,16 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
+def write_png(path, array):
+    with replacing(path) as temporary:
+        Image.fromarray(array).save(temporary, "PNG")
 
 
 def save_weights(path, model, config, step, dtype=torch.float32):
@@ -1170,8 +1167,8 @@ def save_run(out, step, model, config, settings, state):
 
 
 def run_settings(args, config):
-    """What a resumed run must share with its checkpoint: everything that shapes the training."""
-    names = ("preset", "data", "images", "train_split", "seed", "accumulate", "amp")
+    """What a resumed run must share with its checkpoint; the machine and precision may differ."""
+    names = ("preset", "data", "images", "train_split", "seed", "accumulate")
     return asdict(config) | {name: getattr(args, name) for name in names}
 
 
@@ -1181,10 +1178,10 @@ def resume_run(out, settings, state, fresh):
     Raises ValueError naming the first setting that differs from the checkpoint's; the number of
     steps may. With `fresh`, an existing run is ignored.
     """
-    path = Path(out, "checkpoint.pt")
+    path, log = Path(out, "checkpoint.pt"), Path(out, "log.jsonl")
     if fresh or not path.exists():
         if is_main():
-            Path(out, "log.jsonl").unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
         return 0
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1199,6 +1196,9 @@ def resume_run(out, settings, state, fresh):
                              "use the same, another --out, or --fresh to start over")
     for name, part in state.items():
         part.load_state_dict(checkpoint[name])
+    if is_main() and log.exists():  # forget what was logged after the checkpoint
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(x for x in lines if json.loads(x)["step"] <= checkpoint["step"]))
     return checkpoint["step"]
 
 
@@ -1255,7 +1255,7 @@ def log_line(out, **values):
         with open(Path(out, "log.jsonl"), "a") as file:
             file.write(json.dumps(values) + "\n")
         words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        tqdm.write("  ".join(words))
+        print("  ".join(words), flush=True)
 
 
 @torch.no_grad()
@@ -1322,15 +1322,4 @@ def save_grid(path, titles, rows, tile=160):
             size = [max(1, round(side * scale)) for side in picture.size]
             canvas.paste(picture.resize(size, Image.NEAREST if scale > 1 else Image.LANCZOS),
                          (x * (tile + 4), 18 + y * (tile + 4)))
-    with replacing(path) as temporary:
-        canvas.save(temporary, "PNG")
-
-
-def write_png(path, array):
-    with replacing(path) as temporary:
-        Image.fromarray(array).save(temporary, "PNG")
-
-
-def write_json(path, value):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
+    write_png(path, np.asarray(canvas))

@@ -75,14 +75,15 @@ def main(argv=None):
                 loss, parts = ae_loss(logits, ids, coords, config.points)
             scaler.scale(loss / args.accumulate).backward()
             meter.add(len(ids), loss=loss, **parts)
-        lr = learning_rate(step, steps, config.ae_lr, config.ae_schedule, config.warmup)
+        lr = learning_rate(step, steps, config.ae_lr, config)
         optimizer_step(model, optimizer, scaler, lr, config.ae_clip)
         ema.update_parameters(model)
 
         done = step + 1
         evaluating = done % args.eval_every == 0 or done == steps
         if done % 50 == 0 or evaluating:
-            log_line(args.out, step=done, lr=lr, **meter.flush())
+            log_line(args.out, step=done, lr=lr, **meter.means())
+            meter = Meter()
         if evaluating:
             averaged = ema.module.eval()
             scores, rows = evaluate(averaged, val, config, device, args)

@@ -101,14 +101,15 @@ def main(argv=None):
                 loss = net(image, ids, eps, t, self_condition)  # Eq. 4
             scaler.scale(loss / args.accumulate).backward()
             meter.add(len(ids), loss=loss)
-        lr = learning_rate(step, steps, config.ldm_lr, config.ldm_schedule, config.warmup)
+        lr = learning_rate(step, steps, config.ldm_lr, config)
         optimizer_step(model, optimizer, scaler, lr, config.ldm_clip)
         ema.update_parameters(model)
 
         done = step + 1
         evaluating = done % args.eval_every == 0 or done == steps
         if done % 50 == 0 or evaluating:
-            log_line(args.out, step=done, lr=lr, **meter.flush())
+            log_line(args.out, step=done, lr=lr, **meter.means())
+            meter = Meter()
         if evaluating:
             averaged = ema.module.eval()
             scores, ceiling, rows = evaluate(averaged, val, config, device, dtype, args)

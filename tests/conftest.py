@@ -20,8 +20,8 @@ import train_ae  # noqa: E402
 import train_ldm  # noqa: E402
 
 TINY = ["size=32", "bits=3", "ae_widths=8,16,32,32", "points=40", "stem_widths=8,8,16",
-        "unet_widths=32,32", "unet_heads=2", "warmup=1", "min_segment=4", "min_area=4",
-        "mask_threshold=0"]  # fmt: skip
+        "unet_widths=32,32", "unet_heads=2", "warmup=1", "eval_steps=2",
+        "min_segment=4", "min_area=4", "mask_threshold=0"]  # fmt: skip
 
 # Per image: height, width, and its segments (id, category, crowd, rows, columns) in the order
 # they are painted; what no segment covers is VOID.
@@ -96,8 +96,7 @@ def ae_command(data, out, *more):
 
 def ldm_command(data, ae, out, *more):
     """Arguments of train_ldm.py for two steps on top of that autoencoder."""
-    return ["--ae", str(ae), "--eval-images", "2", "--eval-steps", "2",
-            *ae_command(data, out, *more)]  # fmt: skip
+    return ["--ae", str(ae), *ae_command(data, out, *more)]
 
 
 @pytest.fixture(scope="session")

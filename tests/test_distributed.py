@@ -1,0 +1,157 @@
+"""Two processes do what one does."""
+
+import json
+import os
+import socket
+import time
+from types import SimpleNamespace
+
+import ldmseg
+import numpy as np
+import pytest
+import sample
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+import train_ae
+import train_ldm
+from conftest import ae_command, ldm_command, small_config
+from torch.nn.parallel import DistributedDataParallel
+
+
+class ConvUNet(nn.Module):
+    """One convolution with the UNet's interface, quick to import and to run."""
+
+    def __init__(self, config, image_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(8 + image_channels, 4, 3, padding=1)
+
+    def forward(self, inputs, t, encoder_hidden_states=None):
+        return SimpleNamespace(sample=self.conv(inputs).tanh() + t.view(-1, 1, 1, 1) / 1000)
+
+
+def gradients(rank, world):
+    """Both losses' gradients over a batch of four images, of which this process sees its part."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 8, (4, 4, 4), generator=generator)
+    ids = ids.repeat_interleave(8, 1).repeat_interleave(8, 2)  # (4, 32, 32)
+    ids[0] = 2  # the halves differ in segments
+    ids[2:, :24] = 0  # and in VOID
+    image = torch.randn(4, 3, 32, 32, generator=generator)
+    eps = torch.randn(4, 4, 4, 4, generator=generator)
+    coords, t = ldmseg.candidate_coords(range(4), 40, "cpu"), torch.tensor([5, 200, 600, 999])
+    part = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    ids, image, eps, coords, t = ids[part], image[part], eps[part], coords[part], t[part]
+
+    torch.manual_seed(0)
+    config = small_config()
+    autoencoder, model = ldmseg.MaskAutoencoder(config), ldmseg.LDMSeg(config)
+    nets = autoencoder, model
+    if world > 1:
+        nets = [DistributedDataParallel(net) for net in nets]
+    ldmseg.ae_loss(nets[0](ldmseg.int2bits(ids, 3)), ids, coords, 40)[0].backward()
+    nets[1](image, ids, eps, t, True).backward()
+    return {f"{type(net).__name__}.{name}": p.grad for net in (autoencoder, model)
+            for name, p in net.named_parameters() if p.requires_grad}  # fmt: skip
+
+
+def pq_of_scenes(rank, world):
+    """PQ over 20 scenes against their mirror images, of which this process counts its share."""
+    scenes = ldmseg.ShapeScenes("val", 32)
+    metric = ldmseg.PanopticQuality(scenes.categories)
+    for i in range(rank, 20, world):
+        scene = scenes[i]
+        metric.update(scene["ids"], scene["segments"], scene["ids"][:, ::-1], scene["segments"])
+    metric.all_reduce("cpu")
+    return metric.compute()
+
+
+def train_and_sample(folder, data):
+    """The scripts, from their command lines; one starts when the one before is through."""
+    sampling = ["--weights", str(folder / "ldm"), "--data", str(data), "--steps", "2",
+                "--out", str(folder / "samples"), "--device", "cpu", "--workers", "0"]  # fmt: skip
+    for main, command in ((train_ae.main, ae_command(data, folder / "ae")),
+                          (train_ldm.main, ldm_command(data, folder / "ae", folder / "ldm")),
+                          (sample.main, sampling)):  # fmt: skip
+        main(command)
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def work(rank, world, port, folder, data):
+    """What each process does; the results go to `folder`."""
+    ldmseg.build_unet = ConvUNet
+    if world > 1:
+        torch.set_num_threads(1)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        ldmseg.setup_distributed("cpu")
+    result = {"gradients": gradients(rank, world), "pq": pq_of_scenes(rank, world)}
+    torch.save(result, folder / f"rank{rank}.pt")
+    ldmseg.run_script(lambda: train_and_sample(folder, data))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, data):
+    """Folders of the results of one process and of two."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ldmseg, "build_unet", ConvUNet)
+        work(0, 1, None, folders[0], data)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    ranks = mp.spawn(work, (2, port, folders[1], data), nprocs=2, join=False)
+    give_up = time.time() + 120
+    while not ranks.join(1):
+        if time.time() > give_up:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail("the two processes wait for each other")
+    return folders
+
+
+def results(outcomes):
+    """What the one process returned, and each of the two."""
+    one, two = outcomes
+    return [torch.load(path) for path in (one / "rank0.pt", two / "rank0.pt", two / "rank1.pt")]
+
+
+@pytest.mark.parametrize("net", ["MaskAutoencoder", "LDMSeg"])
+def test_gradients_of_two_ranks_equal_those_of_one_process(outcomes, net):
+    one, *ranks = (result["gradients"] for result in results(outcomes))
+    names = [name for name in one if name.startswith(net)]
+    largest = max(one[name].abs().max().item() for name in names)
+    assert largest > 1e-3
+    for rank in ranks:
+        for name in names:
+            torch.testing.assert_close(rank[name], one[name], rtol=1e-5, atol=1e-6 * largest)
+
+
+def test_pq_of_two_ranks_equals_that_of_one_process(outcomes):
+    one, *ranks = (result["pq"] for result in results(outcomes))
+    assert 0 < one["All"]["pq"] < 1
+    for rank in ranks:
+        assert rank["per_class"].keys() == one["per_class"].keys()
+        for category, row in one["per_class"].items():
+            assert rank["per_class"][category] == pytest.approx(row, rel=1e-12)
+
+
+@pytest.mark.parametrize("stage", ["ae", "ldm"])
+def test_training_on_two_ranks_logs_what_one_process_logs(outcomes, stage):
+    one, two = ((folder / stage / "log.jsonl").read_text().splitlines() for folder in outcomes)
+    assert len(one) == len(two) == 2
+    for ours, theirs in zip(map(json.loads, two), map(json.loads, one)):
+        measured = {k: v for k, v in theirs.items() if k != "images_per_second"}
+        assert {k: ours[k] for k in measured} == pytest.approx(measured, rel=1e-3)
+
+
+def test_two_ranks_write_the_samples_of_one_process(outcomes):
+    one, two = (sorted((folder / "samples").iterdir()) for folder in outcomes)
+    assert [path.name for path in one] == [path.name for path in two]
+    listed = [json.loads((folder / "samples" / "panoptic.json").read_text()) for folder in outcomes]
+    assert listed[0]["images"] == listed[1]["images"]
+    for image in listed[0]["images"]:
+        masks = [ldmseg.read_image(folder / "samples" / image["file_name"]) for folder in outcomes]
+        assert (masks[0] != masks[1]).any(-1).mean() < 0.05 and np.unique(masks[0]).size > 1

@@ -676,6 +676,8 @@ class ShapeScenes(Dataset):
         return self.LENGTH[self.split]
 
     def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"scene {index}, expected 0 to {len(self) - 1}")
         rng = np.random.default_rng([index, tuple(self.LENGTH).index(self.split)])
         image, ids, depth, segments, horizon = self._background(rng)
         light = rng.uniform(-0.7, 0.7)
@@ -1030,9 +1032,10 @@ def training_data(args, size):
 
 def setup_distributed(device=None, amp=None):
     """Join the process group under torchrun. Returns the torch device and the autocast dtype."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if device is None:
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(device)
         torch.empty(1, device=device)

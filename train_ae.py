@@ -24,7 +24,7 @@ from ldmseg import (
 
 
 @torch.no_grad()
-def latent_std(autoencoder, stream, config, device, count=512):
+def latent_std(autoencoder, stream, config, device, count=128):
     """Standard deviation of the latents of the stream's first samples (the same on all ranks)."""
     latents = []
     for first in range(0, count, 16):

@@ -32,6 +32,11 @@ def test_scenes_of_other_indices_and_splits_differ(scenes):
     assert len({image.tobytes() for image in images}) == 209
 
 
+def test_there_is_no_scene_after_the_last():
+    with pytest.raises(IndexError, match="scene 200, expected 0 to 199"):
+        ShapeScenes("val", 64)[200]
+
+
 def test_scene_items_have_the_documented_types(scenes):
     for scene in scenes[:9]:
         assert scene["image"].shape == (64, 64, 3) and scene["image"].dtype == np.uint8

@@ -55,13 +55,13 @@ def test_the_paper_preset_has_the_papers_numbers():
 
 @pytest.mark.parametrize("step, expected", [(0, 0.25), (3, 1), (4, 1), (99, 1)])
 def test_the_learning_rate_warms_up_and_stays(step, expected):
-    assert learning_rate(step, 100, peak=1.0, schedule="constant", warmup=4) == expected
+    assert learning_rate(step, 100, 1.0, Config(warmup=4)) == expected
 
 
 @pytest.mark.parametrize("step, share", [(4, 1), (28, 0.5 + 8**-0.5), (52, 0.5), (100, 0)])
 def test_the_cosine_schedule_falls_from_the_peak_to_1e_minus_6(step, share):
     expected = 1e-6 + share * (0.1 - 1e-6)
-    got = learning_rate(step, 100, peak=0.1, schedule="cosine", warmup=4)
+    got = learning_rate(step, 100, 0.1, Config(warmup=4, lr_schedule="cosine"))
     assert got == pytest.approx(expected, rel=1e-9)
 
 
@@ -106,13 +106,11 @@ def test_the_moving_average_warms_up_to_its_decay():
 # ---- numbers and files ----
 
 
-def test_the_meter_gives_means_since_the_last_flush():
+def test_the_meter_gives_means_over_batches():
     meter = Meter()
-    meter.add(4, loss=torch.tensor(9.0))
-    meter.flush()
     for value in (1.0, 3.0):
         meter.add(4, loss=torch.tensor(value), ce=torch.tensor(2 * value))
-    result = meter.flush()
+    result = meter.means()
     assert (result["loss"], result["ce"]) == (2, 4)
 
 
@@ -122,7 +120,7 @@ def test_a_loss_that_is_not_finite_is_an_error(value):
     meter.add(4, loss=torch.tensor(1.0))
     meter.add(4, loss=torch.tensor(value))
     with pytest.raises(ValueError, match=f"loss is {value}"):
-        meter.flush()
+        meter.means()
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

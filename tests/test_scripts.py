@@ -71,6 +71,14 @@ def test_a_finished_run_says_so_and_stays(capsys, data, tiny_run, stage):
     assert (run / "checkpoint.pt").stat().st_mtime_ns == before
 
 
+def test_a_resumed_run_forgets_what_was_logged_after_its_checkpoint(tmp_path, data, tiny_run):
+    run = shutil.copytree(tiny_run.ae, tmp_path / "run")
+    before = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(before + '{"step": 3, "loss": 1.0}\n')
+    train_ae.main(ae_command(data, run))
+    assert (run / "log.jsonl").read_text() == before
+
+
 def test_fresh_starts_over(tmp_path, data, tiny_run):
     again = tmp_path / "again"
     shutil.copytree(tiny_run.ae, again)
@@ -304,7 +312,7 @@ BAD_FLAGS = {
     "no such split": (["--train-split", "test"], "--train-split test, expected one of"),
     "unknown field": (["--set", "nope=1"], "--set nope=1"),
     "field of another type": (["--set", "bits=few"], "--set bits: got 'few', expected int"),
-    "size": (["--set", "size=36"], "size is 36, expected a multiple of 16"),
+    "size": (["--set", "size=36"], "size is 36, expected"),
     "no steps": (["--steps", "0"], "ae_steps is 0"),
     "batch": (["--accumulate", "3"], "batch size 4, expected a multiple of --accumulate"),
     "device": (["--device", "abacus"], "--device abacus"),

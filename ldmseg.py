@@ -40,10 +40,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import tv_tensors
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -101,7 +100,8 @@ class Config:
             prediction=("eps", "v"), loss_weights=("paper", "released", "none"),
             lr_schedule=("constant", "cosine"), image_encoder=("patch",), bits=range(1, 11),
             size=range(cell, 10**9, cell), points=positive, ae_steps=positive, ae_batch=positive,
-            ldm_steps=positive, ldm_batch=positive,
+            ldm_steps=positive, ldm_batch=positive, eval_steps=range(1, 1001),
+            latent_channels=positive,
         )  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -220,6 +220,23 @@ class MaskAutoencoder(nn.Module):
 # ---- 4. Autoencoder losses: cross-entropy, BCE and Dice at uncertain points (Sec. 3.1, Eq. 2) --
 
 
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_main():
+    return rank_and_world()[0] == 0
+
+
+def global_mean_count(count):
+    """A count's mean over ranks (of a total of at least 1), to divide a sum over this rank's part:
+    DDP, which averages gradients, then gives the gradient of the mean over all ranks."""
+    count = count.float()
+    if dist.is_initialized():
+        dist.all_reduce(count)
+    return count.clamp(min=1) / rank_and_world()[1]
+
+
 def sample_uncertain_points(uncertainty, points, important=0.75):
     """Choose `points` of random candidates, most of them where the prediction is least certain.
 
@@ -301,19 +318,6 @@ def candidate_coords(seeds, points, device):
     return torch.stack([torch.rand(M, 2, generator=g, device=device) for g in generators]) * 2 - 1
 
 
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def global_mean_count(count):
-    """A count's mean over ranks (of a total of at least 1), to divide a sum over this rank's part:
-    DDP, which averages gradients, then gives the gradient of the mean over all ranks."""
-    count = count.float()
-    if dist.is_initialized():
-        dist.all_reduce(count)
-    return count.clamp(min=1) / rank_and_world()[1]
-
-
 # ---- 5. Noise schedule and loss weights (Eq. 3) ------------------------------------------------
 
 
@@ -357,10 +361,32 @@ class NoiseSchedule(nn.Module):
         return torch.ones(self.T, device=j.device)
 
     def timesteps(self, steps):
-        """The `steps` timesteps visited in sampling, from T - 1 down: evenly spaced, trailing."""
+        """The `steps` timesteps visited in sampling, from T - 1 down, evenly spaced.
+
+        NOTE: Alg. 2 subtracts T // S; here the list ends its intervals and is rounded, because
+        then sampling starts at T - 1 for every S.
+        """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps, expected 1 to {self.T}")
         return [round(self.T - i * self.T / steps) - 1 for i in range(steps)]
+
+
+def stable_seed(*parts):
+    """A 32-bit seed from numbers and strings, the same on every machine and in every process."""
+    return zlib.crc32(repr(parts).encode())
+
+
+def seeded_noise(seeds, config, device):
+    """Gaussian noise (B, 4, h, w); each element depends on its seed only. Drawn on the CPU."""
+    shape = (config.latent_channels, config.size // 8, config.size // 8)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+    return torch.stack(noise).to(device)
+
+
+def seeded_timesteps(seeds, device):
+    """Uniform timesteps int64 (B,) in [0, T - 1], each from its seed only."""
+    t = [stable_seed("timestep", int(s)) * NoiseSchedule.T >> 32 for s in seeds]
+    return torch.tensor(t, device=device)
 
 
 # ---- 6. The UNet on concatenated latents and the image encoder (Sec. 3.2) ----------------------
@@ -397,7 +423,8 @@ def build_unet(config, image_channels):
 class ImageEncoder(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> image latents (B, channels, h, w).
 
-    "patch": a convolutional stem without pretrained weights, trained together with the UNet.
+    NOTE: paper: Stable Diffusion's frozen encoder; here, "patch": a convolutional stem trained
+    together with the UNet, because it needs no pretrained weights.
     """
 
     def __init__(self, config):
@@ -418,7 +445,7 @@ class ImageEncoder(nn.Module):
 
 
 class LDMSeg(nn.Module):
-    """Frozen mask autoencoder, image encoder and denoising UNet."""
+    """The frozen mask autoencoder, and the image encoder and UNet that stage 2 trains."""
 
     def __init__(self, config):
         super().__init__()
@@ -448,6 +475,7 @@ class LDMSeg(nn.Module):
         """One UNet call at timesteps t int64 (B,). Returns its output, and what it says of x0, eps.
 
         The output estimates eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0.
+        NOTE: paper eps; here also v, because a small UNet from random weights learns it sooner.
         """
         inputs = torch.cat([z_t, z_image, x0_previous], 1)
         output = self.unet(inputs, t, encoder_hidden_states=None).sample.float()
@@ -462,7 +490,8 @@ class LDMSeg(nn.Module):
         image (B, 3, H, W), ids int64 (B, H, W), eps (B, 4, h, w) Gaussian, t int64 (B,),
         self_condition: make a first estimate of x0 without gradient and feed it (Analog Bits).
         NOTE: Alg. 1 sums over C, h, w; here a mean, like the released code, because clipping and
-        the learning rate then do not depend on the resolution.
+        the learning rate then do not depend on the resolution. The weights multiply the error of
+        what is predicted: with v, they are not those of the paper's noise error.
         """
         x0 = self.encode_mask(ids)  # (B, 4, h, w)
         z_image = self.encode_image(image)
@@ -482,7 +511,7 @@ class LDMSeg(nn.Module):
         error = error * self.loss_weights[t].view(-1, 1, 1)
         return error.sum() / global_mean_count(valid.sum())
 
-    forward = diffusion_loss  # what DDP and autocast wrap
+    forward = diffusion_loss  # what DDP calls
 
     def denoise(self, z_image, noise, steps):
         """Alg. 2: DDIM (eta 0). Yields the predicted x0 (B, 4, h, w), scaled, after each step."""
@@ -501,24 +530,6 @@ class LDMSeg(nn.Module):
         noise = seeded_noise(seeds, self.config, image.device)
         *_, x0 = self.denoise(self.encode_image(image), noise, steps)
         return self.decode_mask(x0)
-
-
-def stable_seed(*parts):
-    """A 32-bit seed from numbers and strings, the same on every machine and in every process."""
-    return zlib.crc32(repr(parts).encode())
-
-
-def seeded_noise(seeds, config, device):
-    """Gaussian noise (B, 4, h, w); each element depends on its seed only. Drawn on the CPU."""
-    shape = (config.latent_channels, config.size // 8, config.size // 8)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
-    return torch.stack(noise).to(device)
-
-
-def seeded_timesteps(seeds, device):
-    """Uniform timesteps int64 (B,) in [0, T - 1], each from its seed only."""
-    t = [stable_seed("timestep", int(s)) * NoiseSchedule.T >> 32 for s in seeds]
-    return torch.tensor(t, device=device)
 
 
 # ---- 10. Logits -> segments (Supp. A) ----------------------------------------------------------
@@ -569,33 +580,25 @@ class PanopticQuality:
         Segments match where IoU > 0.5, the union taken without the truth's VOID. Unmatched truth
         is missed, unless a crowd; an unmatched prediction is wrong, unless mostly over VOID or
         over a crowd of its class (of several crowds of one class, the last, like the reference).
-        Areas are counted from pixels. Raises ValueError for shapes or ids that do not fit.
+        NOTE: the reference takes the truth's areas from the JSON; here they are counted from
+        pixels, because the two can differ. Raises ValueError for shapes or ids that do not fit.
         """
         if gt_ids.shape != pred_ids.shape:
             raise ValueError(f"prediction is {pred_ids.shape}, expected {gt_ids.shape}")
         overlap = self._joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments)
-        gt_area, pred_area = overlap.sum(1), overlap.sum(0)
-        gt_rows = [self._row(s) for s in gt_segments]
-        pred_rows = [self._row(s) for s in pred_segments]
-        matched_gt, matched_pred, crowds = set(), set(), {}
-        for g, p in zip(*np.nonzero(overlap[2:, 2:])):
-            if gt_rows[g] != pred_rows[p] or gt_segments[g].get("iscrowd"):
-                continue
-            both = overlap[g + 2, p + 2]
-            iou = both / (gt_area[g + 2] + pred_area[p + 2] - both - overlap[1, p + 2])
-            if iou > 0.5:
-                self.state[gt_rows[g]] += (iou, 1, 0, 0)
-                matched_gt.add(g)
-                matched_pred.add(p)
-        for g, segment in enumerate(gt_segments):
-            if segment.get("iscrowd"):
-                crowds[gt_rows[g]] = g
-            elif g not in matched_gt:
-                self.state[gt_rows[g], 3] += 1
-        for p, row in enumerate(pred_rows):
-            ignored = overlap[1, p + 2] + (overlap[crowds[row] + 2, p + 2] if row in crowds else 0)
-            if p not in matched_pred and not ignored > 0.5 * pred_area[p + 2]:
-                self.state[row, 2] += 1
+        gt = np.array([self._row(s) for s in gt_segments], int)
+        pred = np.array([self._row(s) for s in pred_segments], int)
+        crowd = np.array([bool(s.get("iscrowd")) for s in gt_segments], bool)
+        both, void, area = overlap[2:, 2:], overlap[1, 2:], overlap[:, 2:].sum(0)
+        union = overlap[2:].sum(1)[:, None] + area - both - void
+        match = (gt[:, None] == pred) & ~crowd[:, None] & (both > 0.5 * union)
+        last = {gt[g]: both[g] for g in crowd.nonzero()[0]}  # the last crowd of each class
+        ignored = void + [last[row][p] if row in last else 0 for p, row in enumerate(pred)]
+        g, p = match.nonzero()
+        np.add.at(self.state, (gt[g], 0), both[g, p] / union[g, p])
+        np.add.at(self.state, (gt[g], 1), 1)
+        np.add.at(self.state, (pred[~match.any(0) & (ignored <= 0.5 * area)], 2), 1)
+        np.add.at(self.state, (gt[~match.any(1) & ~crowd], 3), 1)
 
     def _row(self, segment):
         category = 1 if self.class_agnostic else segment["category_id"]
@@ -873,6 +876,8 @@ def open_dataset(data, split, images, size, kind):
     if path.suffix == ".json":
         if images is None:
             raise ValueError(f"--data {data}: a JSON needs its images' folder, add --images DIR")
+        if split:
+            raise ValueError(f"--data {data}: a JSON is one split, expected no {flag} {split}")
         return PanopticDataset(path, images)
     if not (path / "annotations").is_dir():
         raise FileNotFoundError(f"--data {data}: no such data, expected 'shapes', a panoptic JSON "
@@ -894,19 +899,21 @@ def prepare(record, config, generator, augment):
     min_segment pixels become VOID. Randomness comes from `generator` (torch's, CPU).
     """
     known = [s["id"] for s in record["segments"] if not s.get("iscrowd")]
-    image = tv_tensors.Image(torch.from_numpy(record["image"].copy()).permute(2, 0, 1))
-    ids = tv_tensors.Mask(torch.from_numpy(compact_ids(record["ids"], known)))
-    image, ids = v2.Resize((config.size, config.size), antialias=True)(image, ids)
+    size = [config.size, config.size]
+    image = torch.from_numpy(record["image"].copy()).permute(2, 0, 1)
+    image = v2.functional.resize(image, size, antialias=True)
+    ids = torch.from_numpy(compact_ids(record["ids"], known))[None, None].float()
+    ids = F.interpolate(ids, size, mode="nearest-exact")[0, 0].long()  # centred, as the image
     if augment and torch.rand((), generator=generator) < 0.5:
-        image, ids = v2.functional.horizontal_flip(image), v2.functional.horizontal_flip(ids)
+        image, ids = image.flip(-1), ids.flip(-1)
     areas = torch.bincount(ids.flatten(), minlength=len(known) + 1)
     areas[VOID] = 0
     kept = areas.argsort(descending=True)[: config.num_ids - 1]
-    kept = kept[areas[kept] >= (config.min_segment if augment else 1)]
+    kept = kept[areas[kept] >= (max(1, config.min_segment) if augment else 1)]
     table = torch.zeros(len(areas), dtype=torch.long)
     table[kept] = 1 + torch.arange(len(kept))
-    ids = random_relabel(table[ids.as_subclass(torch.Tensor)], config.num_ids, generator)
-    return {"image": image.as_subclass(torch.Tensor).float() / 127.5 - 1, "ids": ids}
+    ids = random_relabel(table[ids], config.num_ids, generator)
+    return {"image": image.float() / 127.5 - 1, "ids": ids}
 
 
 class TrainingStream(Dataset):
@@ -984,7 +991,8 @@ def base_parser(description):
     add = parser.add_argument
     add("--images", metavar="DIR", help="where the images are, when --data is a JSON")
     add("--split", help="split to evaluate (default: the data's only val*)")
-    add("--limit", type=int, metavar="N", help="only the first N images of that split")
+    add("--limit", type=int, metavar="N",
+        help="only the first N images of that split (default: all; in training 200 or 50)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)")
     add("--amp", choices=("bf16", "fp16", "off"),
         help="mixed precision (default: bf16 on cuda, else off)")
@@ -1010,7 +1018,8 @@ def training_parser(description, stage):
     add("--steps", type=int, help=f"optimizer steps (default: {stage}_steps)")
     add("--batch-size", type=int, metavar="IMAGES",
         help=f"per step, all processes together (default: {stage}_batch)")
-    add("--accumulate", type=int, default=1, help="micro-batches per step (default: 1)")
+    add("--accumulate", type=int, default=1, metavar="N",
+        help="micro-batches per step, each divided by its own counts (default: 1)")
     add("--eval-every", type=int, default=500, metavar="STEPS",
         help="evaluate and save (default: 500)")
     add("--fresh", action="store_true", help="start over in an existing run folder")
@@ -1019,6 +1028,9 @@ def training_parser(description, stage):
 
 def training_config(args, stage):
     """The Config of a training script: the preset, then --set, --steps, --batch-size."""
+    if args.accumulate < 1 or args.eval_every < 1:
+        raise ValueError("--accumulate and --eval-every expect at least 1, got "
+                         f"{args.accumulate} and {args.eval_every}")
     flags = {f"{stage}_steps": args.steps, f"{stage}_batch": args.batch_size}
     flags = {k: v for k, v in flags.items() if v is not None}
     return replace(override(PRESETS[args.preset], args.set), **flags)
@@ -1052,10 +1064,6 @@ def setup_distributed(device=None, amp=None):
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
-def is_main():
-    return rank_and_world()[0] == 0
-
-
 def autocast(device, dtype):
     """torch.autocast, or nothing where dtype is None."""
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
@@ -1086,9 +1094,14 @@ def learning_rate(step, steps, peak, config):
 
 
 def make_ema(model, decay):
-    """Exponential moving average of the weights; the decay warms up as (1 + n) / (10 + n)."""
-    def update(averages, weights, n):
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + float(n)) / (10 + float(n))))
+    """Exponential moving average of the weights (Table S3).
+
+    NOTE: paper: decay 0.999; here it warms up as (1 + n) / (10 + n), because short runs would
+    otherwise average in their first, random weights.
+    """
+    def update(averages, weights, updates):
+        n = float(updates)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
 
     return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
 
@@ -1156,17 +1169,17 @@ def save_weights(path, model, config, step, dtype=torch.float32):
     tensors = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     about = {"model": type(model).__name__, "step": step, "config": asdict(config)}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"ldmseg": json.dumps(about)})
+        temporary.write_bytes(save(tensors, metadata={"ldmseg": json.dumps(about)}))
 
 
 def save_run(out, step, model, config, settings, state):
     """Write a run folder: checkpoint.pt to resume from; model.safetensors, config.json to use."""
-    checkpoint = {k: part.state_dict() for k, part in state.items()}
-    checkpoint |= {"step": step, "settings": settings}
-    with replacing(Path(out, "checkpoint.pt")) as temporary:
-        torch.save(checkpoint, temporary)
     save_weights(Path(out, "model.safetensors"), model, config, step)
     write_json(Path(out, "config.json"), asdict(config))
+    checkpoint = {k: part.state_dict() for k, part in state.items()}
+    checkpoint |= {"step": step, "settings": settings}
+    with replacing(Path(out, "checkpoint.pt")) as temporary:  # last: it vouches for the others
+        torch.save(checkpoint, temporary)
 
 
 def run_settings(args, config):
@@ -1179,12 +1192,18 @@ def resume_run(out, settings, state, fresh):
     """Load checkpoint.pt into `state` (name -> module, optimizer, ...); returns its step, or 0.
 
     Raises ValueError naming the first setting that differs from the checkpoint's; the number of
-    steps may. With `fresh`, an existing run is ignored.
+    steps may. With `fresh`, an existing run is deleted.
     """
     path, log = Path(out, "checkpoint.pt"), Path(out, "log.jsonl")
+    found = [path.exists()] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(found, path.exists())
+    if len(set(found)) > 1:
+        raise ValueError(f"{out}: only some of the processes see its checkpoint; use a shared disk")
     if fresh or not path.exists():
         if is_main():
             log.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         return 0
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1198,7 +1217,8 @@ def resume_run(out, settings, state, fresh):
             raise ValueError(f"{out}: its run has {name} {theirs}, this command {ours}; "
                              "use the same, another --out, or --fresh to start over")
     for name, part in state.items():
-        part.load_state_dict(checkpoint[name])
+        if checkpoint[name]:  # a scaler that was off has no state
+            part.load_state_dict(checkpoint[name])
     if is_main() and log.exists():  # forget what was logged after the checkpoint
         lines = log.read_text().splitlines(keepends=True)
         log.write_text("".join(x for x in lines if json.loads(x)["step"] <= checkpoint["step"]))
@@ -1285,7 +1305,8 @@ def predict_dataset(logits_of, dataset, config, device, seed=0, workers=0, limit
 def evaluate_pq(logits_of, dataset, config, device, min_area, pictures=0, **options):
     """Class-agnostic PQ of `logits_of` over a data set and all ranks, and the first predictions.
 
-    The truth is the untouched annotation. Returns (PanopticQuality.compute(), [ids, ...]).
+    The truth is the untouched annotation. Returns PanopticQuality.compute() and the first
+    `pictures` pairs (record, predicted ids).
     """
     metric, kept = PanopticQuality(dataset.categories, class_agnostic=True), []
     for _, record, logits in predict_dataset(logits_of, dataset, config, device, **options):

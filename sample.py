@@ -5,7 +5,7 @@
     python sample.py --data coco/ --weights runs/coco --limit 100
 
 Leaves in --out: per image a panoptic PNG (id = R + 256 G + 65536 B, 0 = VOID) and an overlay;
-panoptic.json in the COCO format; grid.png with all of the first images; denoising.png with the
+panoptic.json in the COCO format; grid.png with the first eight; denoising.png with the
 prediction after 1, 5, 10, 20, 50 steps of one run (Fig. S5); noises.png with two noises (Fig. 10).
 """
 
@@ -55,6 +55,12 @@ def choose_images(args, size):
         missing = [p for p in args.paths if not Path(p).is_file()]
         if missing:
             raise FileNotFoundError(f"{missing[0]}: no such image file ({len(missing)} missing)")
+        stems = [Path(p).stem for p in args.paths]
+        twice = [s for s in stems if stems.count(s) > 1 or Path(args.out, f"{s}.png") in
+                 map(Path, args.paths)]
+        if twice:
+            raise ValueError(f"--out {args.out}: {twice[0]}.png would overwrite an image or another"
+                             " result; use another --out, or give each image its own name")
         return ImageFiles(args.paths), args.limit
     if args.data:
         return open_dataset(args.data, args.split, args.images, size, "val"), args.limit
@@ -123,7 +129,7 @@ def main(argv=None):
                             {"id": record["image_id"], "file_name": record["file_name"],
                              "height": ids.shape[0], "width": ids.shape[1]}))
         if len(rows) < 8:
-            truth = [colorize(record["ids"])] if record["segments"] else []
+            truth = [] if args.paths else [colorize(record["ids"])]
             rows.append([record["image"], *truth, colorize(ids), overlay(record["image"], ids)])
             first.append(record)
 
@@ -137,10 +143,11 @@ def main(argv=None):
     categories = [{"id": 1, "name": "segment", "isthing": 1}]
     write_json(out / "panoptic.json",
                {"images": images, "annotations": predictions, "categories": categories})
-    titles = ["image", *["truth"] * (len(rows[0]) == 4), "prediction", "overlay"]
+    titles = ["image", *([] if args.paths else ["truth"]), "prediction", "overlay"]
     save_grid(out / "grid.png", titles, rows)
-    draw_denoising(model, first[:4], args, device, out / "denoising.png")
-    draw_noises(model, first[:4], args, device, out / "noises.png")
+    with autocast(device, dtype):
+        draw_denoising(model, first[:4], args, device, out / "denoising.png")
+        draw_noises(model, first[:4], args, device, out / "noises.png")
     print(f"{len(predictions)} images -> {out}/ (see grid.png, denoising.png, noises.png)")
 
 

@@ -25,7 +25,7 @@ from ldmseg import (
 
 @torch.no_grad()
 def latent_std(autoencoder, stream, config, device, count=128):
-    """Standard deviation of the latents of the stream's first samples (the same on all ranks)."""
+    """Standard deviation of the latents of the stream's first `count` samples."""
     latents = []
     for first in range(0, count, 16):
         ids = torch.stack([stream[i]["ids"] for i in range(first, first + 16)]).to(device)
@@ -38,7 +38,7 @@ def evaluate(autoencoder, val, config, device, args):
     def reconstruct(batch):
         return autoencoder(int2bits(batch["ids"], config.bits))
 
-    options = dict(limit=args.limit, workers=args.workers, seed=args.seed, pictures=8)
+    options = dict(limit=args.limit or 200, workers=args.workers, seed=args.seed, pictures=8)
     result, kept = evaluate_pq(reconstruct, val, config, device, min_area=0, **options)
     return result["All"], [[colorize(record["ids"]), colorize(ids)] for record, ids in kept]
 
@@ -59,7 +59,7 @@ def main(argv=None):
     settings = run_settings(args, config)
     start, steps = resume_run(args.out, settings, state, args.fresh), config.ae_steps
     if start >= steps:
-        return print(f"finished at step {start}; --fresh starts over")
+        return is_main() and print(f"finished at step {start}; --fresh starts over")
     loader = training_loader(stream, config.ae_batch, args.accumulate, start, steps, args.workers)
     net = DistributedDataParallel(model) if dist.is_initialized() else model
 
@@ -87,10 +87,10 @@ def main(argv=None):
         if evaluating:
             averaged = ema.module.eval()
             scores, rows = evaluate(averaged, val, config, device, args)
-            std = latent_std(averaged, stream, config, device)
-            log_line(args.out, step=done, reconstruction_pq=scores["pq"], sq=scores["sq"],
-                     rq=scores["rq"], latent_std=std)
             if is_main():
+                std = latent_std(averaged, stream, config, device)
+                log_line(args.out, step=done, reconstruction_pq=scores["pq"], sq=scores["sq"],
+                         rq=scores["rq"], latent_std=std)
                 measured = replace(config, mask_scale=config.mask_scale or config.mask_std / std)
                 save_grid(f"{args.out}/step{done:06d}.png", ["truth", "reconstruction"], rows)
                 save_run(args.out, done, averaged, measured, settings, state)

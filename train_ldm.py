@@ -2,12 +2,13 @@
 
     python train_ldm.py                                     # generated scenes, on a laptop
     python train_ldm.py --data coco/ --ae runs/ae --out runs/coco
-    torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --ae runs/ae_paper
+    torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --accumulate 4
 
 The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt and
 a picture per evaluation (image | truth | prediction | autoencoder alone) in the run folder.
 """
 
+import random
 from dataclasses import replace
 
 import torch
@@ -83,14 +84,15 @@ def main(argv=None):
     settings = run_settings(args, config)
     start, steps = resume_run(args.out, settings, state, args.fresh), config.ldm_steps
     if start >= steps:
-        return print(f"finished at step {start}; --fresh starts over")
+        return is_main() and print(f"finished at step {start}; --fresh starts over")
     loader = training_loader(stream, config.ldm_batch, args.accumulate, start, steps, args.workers)
     net = DistributedDataParallel(model) if dist.is_initialized() else model
 
     meter, batches = Meter(), iter(loader)
     for step in progress(range(start, steps), steps, "stage 2", start):
         # one coin per optimizer step, the same on all ranks
-        self_condition = stable_seed(args.seed, "coin", step) / 2**32 < config.self_condition
+        coin = random.Random(stable_seed(args.seed, "coin", step)).random()
+        self_condition = coin < config.self_condition
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)

@@ -21,7 +21,7 @@ import train_ldm  # noqa: E402
 
 TINY = ["size=32", "bits=3", "ae_widths=8,16,32,32", "points=40", "stem_widths=8,8,16",
         "unet_widths=32,32", "unet_heads=2", "warmup=1", "eval_steps=2",
-        "min_segment=4", "min_area=4", "mask_threshold=0"]  # fmt: skip
+        "self_condition=0.3", "min_segment=4", "min_area=4", "mask_threshold=0"]  # fmt: skip
 
 # Per image: height, width, and its segments (id, category, crowd, rows, columns) in the order
 # they are painted; what no segment covers is VOID.

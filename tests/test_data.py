@@ -157,6 +157,16 @@ def test_ids_are_resized_without_new_ones_in_between():
     assert ids[:, 24:].unique().tolist() == [0]
 
 
+def test_ids_are_resized_about_the_centre_as_the_image_is():
+    """A border in the middle of an odd number of columns goes to the side that has more of it."""
+    ids = np.repeat([1, 2], [5 * 16 + 2, 5 * 16 - 2])[None].repeat(160, 0)  # 5 pixels to 1
+    row = prepared(record_of(ids))["ids"][0]
+    assert (row == row[0]).sum() == 16
+    ids = np.repeat([1, 2], [5 * 16 + 3, 5 * 16 - 3])[None].repeat(160, 0)
+    row = prepared(record_of(ids))["ids"][0]
+    assert (row == row[0]).sum() == 17
+
+
 def test_large_sparse_ids_fit_the_bits():
     ids = prepared(record_of(columns(5, 70000, 2**24 - 1, 0)))["ids"]
     assert ids.unique().numel() == 4 and ids.max() < 8 and ids[:, 24:].unique().tolist() == [0]
@@ -181,6 +191,11 @@ def test_small_segments_are_void_in_training_only(augment):
     void = (result == 0).sum()
     assert void == (9 if augment else 0)
     assert result.unique().numel() == 4
+
+
+def test_void_stays_void_without_a_smallest_segment():
+    ids = prepared(record_of(columns(1, 0)), augment=True, min_segment=0)["ids"]
+    assert (ids == 0).sum() == 512
 
 
 def test_the_largest_segments_stay_when_the_ids_do_not_suffice():

@@ -13,10 +13,7 @@ import torch
 import train_ae
 import train_ldm
 from conftest import REPO, SCENES, TINY, ae_command, ldm_command, write_split
-from ldmseg import (
-    PanopticQuality, load_autoencoder, load_model, open_dataset, read_image, read_weights, rgb2id,
-    run_script,
-)  # fmt: skip
+from ldmseg import load_autoencoder, load_model, read_image, read_weights, rgb2id, run_script
 from PIL import Image
 
 ON_CPU = ["--device", "cpu", "--workers", "0"]
@@ -140,18 +137,15 @@ def test_panoptic_json_agrees_with_the_masks(samples, data):
         assert len(areas) > 1
 
 
-def test_pq_of_the_written_files_is_what_evaluate_says(samples, data, tiny_run, tmp_path):
-    dataset = open_dataset(str(data), None, None, 32, "val")
-    metric = PanopticQuality(dataset.categories, class_agnostic=True)
-    result = json.loads((samples / "panoptic.json").read_text())
-    for record, annotation in zip(dataset, result["annotations"]):
-        ids = rgb2id(read_image(samples / annotation["file_name"]))
-        metric.update(record["ids"], record["segments"], ids, annotation["segments_info"])
-    evaluate.main(["--weights", str(tiny_run.ldm), "--data", str(data), "--steps", "3",
+@pytest.mark.parametrize("seed, perfect", [("0", True), ("1", False)])
+def test_evaluate_draws_what_sample_wrote(samples, data, tiny_run, tmp_path, seed, perfect):
+    shutil.copytree(samples, tmp_path / "written")
+    shutil.copy(samples / "panoptic.json", tmp_path / "written.json")
+    evaluate.main(["--weights", str(tiny_run.ldm), "--data", str(tmp_path / "written.json"),
+                   "--images", str(data / "val"), "--steps", "3", "--seed", seed,
                    "--json", str(tmp_path / "pq.json"), *ON_CPU])  # fmt: skip
-    reported = json.loads((tmp_path / "pq.json").read_text())
-    assert reported["steps"] == 3 and reported["per_class"]["1"]["fp"] > 0
-    assert {k: reported[k] for k in ("All", "Things", "Stuff", "per_class")} == metric.compute()
+    result = json.loads((tmp_path / "pq.json").read_text())
+    assert result["steps"] == 3 and (result["All"]["pq"] == 1) == perfect
 
 
 def test_evaluate_makes_a_table_of_several_step_counts(data, tiny_run, tmp_path, capsys):
@@ -172,6 +166,13 @@ def test_evaluate_scores_the_reconstruction_of_a_stage_1_run(data, tiny_run, tmp
     logged = json.loads((tiny_run.ae / "log.jsonl").read_text().splitlines()[-1])
     assert result["All"]["pq"] == logged["reconstruction_pq"]
     assert result["All"] == result["autoencoder"]
+
+
+def test_a_result_never_overwrites_an_image(complaint, data, tiny_run):
+    path, folder = data / "train" / "train0.png", data / "train"
+    before = path.read_bytes()
+    line = complaint(sample.main, sample_command(tiny_run.ldm, folder, str(path)))
+    assert "train0.png would overwrite" in line and path.read_bytes() == before
 
 
 def test_a_sample_depends_on_the_images_name_and_the_seed_only(data, tiny_run, tmp_path):
@@ -347,11 +348,15 @@ def test_a_broken_checkpoint_is_named(complaint, data, tmp_path):
 
 def test_a_diverging_run_stops_and_leaves_the_last_checkpoint(complaint, data, tiny_run, tmp_path):
     run = shutil.copytree(tiny_run.ae, tmp_path / "run")
-    line = complaint(train_ae.main, [*ae_command(data, run, "ae_lr=1e30"), "--fresh"])
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    checkpoint["model"]["encoder.0.weight"].fill_(float("inf"))
+    torch.save(checkpoint, run / "checkpoint.pt")
+    before = (run / "checkpoint.pt").read_bytes()
+    line = complaint(train_ae.main, [*ae_command(data, run), "--steps", "4"])
     assert "loss is nan" in line or "loss is inf" in line
+    assert (run / "checkpoint.pt").read_bytes() == before
     assert_same_tensors(weights_of(run), weights_of(tiny_run.ae))
     load_autoencoder(run)
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
 @pytest.mark.parametrize("run, flags, message", [

@@ -1,0 +1,43 @@
+"""The weights that come with the repository."""
+
+import pytest
+import torch
+from ldmseg import (
+    SHIPPED, PanopticQuality, ShapeScenes, evaluate_pq, int2bits, load_autoencoder, load_model,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(SHIPPED)
+
+
+def test_the_shipped_weights_are_small(model):
+    assert SHIPPED.stat().st_size < 12 * 2**20
+    assert sum(p.numel() for p in model.parameters()) < 6e6
+
+
+def test_the_shipped_autoencoder_reconstructs_scenes():
+    autoencoder, config = load_autoencoder(SHIPPED)
+    def reconstruct(batch):
+        return autoencoder(int2bits(batch["ids"], config.bits))
+
+    scenes = ShapeScenes("val", config.size)
+    result, _ = evaluate_pq(reconstruct, scenes, config, torch.device("cpu"), 0, limit=48)
+    assert result["All"]["pq"] > 0.8
+
+
+def test_the_shipped_model_follows_the_image(model):
+    """Its samples fit their own scene and not the next one."""
+    scenes, config = ShapeScenes("val", model.config.size), model.config
+
+    def sample(batch):
+        return model.sample(batch["image"], batch["seed"], 10)
+
+    result, kept = evaluate_pq(sample, scenes, config, torch.device("cpu"), config.min_area,
+                               limit=32, pictures=32)
+    wrong = PanopticQuality(scenes.categories, class_agnostic=True)
+    for (record, _), (_, ids) in zip(kept, kept[1:] + kept[:1]):
+        segments = [{"id": i, "category_id": 1} for i in set(ids.ravel().tolist()) - {0}]
+        wrong.update(record["ids"], record["segments"], ids, segments)
+    assert result["All"]["pq"] > 0.3 > 2 * wrong.compute()["All"]["pq"]

@@ -9,6 +9,7 @@ a picture per evaluation (image | truth | prediction | autoencoder alone) in the
 """
 
 import random
+import zlib
 from dataclasses import replace
 
 import torch
@@ -81,7 +82,8 @@ def main(argv=None):
     ema = make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    settings = run_settings(args, config)
+    weights = b"".join(v.cpu().numpy().tobytes() for v in autoencoder.state_dict().values())
+    settings = run_settings(args, config) | {"--ae": f"with checksum {zlib.crc32(weights):08x}"}
     start, steps = resume_run(args.out, settings, state, args.fresh), config.ldm_steps
     if start >= steps:
         return is_main() and print(f"finished at step {start}; --fresh starts over")

@@ -13,7 +13,9 @@ import torch
 import train_ae
 import train_ldm
 from conftest import REPO, SCENES, TINY, ae_command, ldm_command, write_split
-from ldmseg import load_autoencoder, load_model, read_image, read_weights, rgb2id, run_script
+from ldmseg import (
+    load_autoencoder, load_model, read_image, read_weights, rgb2id, run_script, save_weights,
+)  # fmt: skip
 from PIL import Image
 
 ON_CPU = ["--device", "cpu", "--workers", "0"]
@@ -54,6 +56,15 @@ def test_a_resumed_run_equals_one_without_a_break(tmp_path, data, tiny_run, stag
     assert_same_tensors(weights_of(resumed), weights_of(straight))
     first = weights_of(getattr(tiny_run, stage))
     assert any(not torch.equal(first[k], v) for k, v in weights_of(straight).items())
+
+
+def test_stage_2_does_not_resume_with_another_autoencoder(complaint, tmp_path, data, tiny_run):
+    other = shutil.copytree(tiny_run.ae, tmp_path / "ae")
+    autoencoder, config = load_autoencoder(other)
+    autoencoder.encoder[0].bias.data += 1
+    save_weights(other / "model.safetensors", autoencoder, config, 2)
+    line = complaint(train_ldm.main, [*ldm_command(data, other, tiny_run.ldm), "--steps", "4"])
+    assert "its run has --ae with checksum" in line
 
 
 @pytest.mark.parametrize("stage", ["ae", "ldm"])

@@ -148,6 +148,12 @@ def test_panoptic_json_agrees_with_the_masks(samples, data):
         assert len(areas) > 1
 
 
+def test_two_noises_give_two_masks_of_an_image(samples):
+    picture = read_image(samples / "noises.png")[20:]  # image | noise 1 | noise 2, below titles
+    _, one, two = np.split(picture, 3, axis=1)
+    assert (one != two).any(-1).mean() > 0.05
+
+
 @pytest.mark.parametrize("seed, perfect", [("0", True), ("1", False)])
 def test_evaluate_draws_what_sample_wrote(samples, data, tiny_run, tmp_path, seed, perfect):
     shutil.copytree(samples, tmp_path / "written")

@@ -1174,6 +1174,10 @@ def save_weights(path, model, config, step, dtype=torch.float32):
 
 def save_run(out, step, model, config, settings, state):
     """Write a run folder: checkpoint.pt to resume from; model.safetensors, config.json to use."""
+    for part in (model, state["model"]):
+        if not all(torch.isfinite(p).all() for p in part.parameters()):
+            raise ValueError(f"weights are not finite at step {step}: stopped, the last checkpoint "
+                             "is kept; try a lower learning rate")
     save_weights(Path(out, "model.safetensors"), model, config, step)
     write_json(Path(out, "config.json"), asdict(config))
     checkpoint = {k: part.state_dict() for k, part in state.items()}

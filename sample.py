@@ -56,8 +56,9 @@ def choose_images(args, size):
         if missing:
             raise FileNotFoundError(f"{missing[0]}: no such image file ({len(missing)} missing)")
         stems = [Path(p).stem for p in args.paths]
-        twice = [s for s in stems if stems.count(s) > 1 or Path(args.out, f"{s}.png") in
-                 map(Path, args.paths)]
+        inputs = {Path(p).resolve() for p in args.paths}
+        twice = [s for s in stems if stems.count(s) > 1
+                 or Path(args.out, f"{s}.png").resolve() in inputs]
         if twice:
             raise ValueError(f"--out {args.out}: {twice[0]}.png would overwrite an image or another"
                              " result; use another --out, or give each image its own name")

@@ -67,6 +67,12 @@ def test_stage_2_does_not_resume_with_another_autoencoder(complaint, tmp_path, d
     assert "its run has --ae with checksum" in line
 
 
+def test_weights_that_are_not_finite_are_not_saved(complaint, data, tmp_path):
+    command = ae_command(data, tmp_path / "run", "ae_lr=inf")
+    complaint(train_ae.main, [*command, "--steps", "1"])
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 @pytest.mark.parametrize("stage", ["ae", "ldm"])
 def test_a_finished_run_says_so_and_stays(capsys, data, tiny_run, stage):
     run = getattr(tiny_run, stage)

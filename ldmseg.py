@@ -1188,7 +1188,7 @@ def save_run(out, step, model, config, settings, state):
 
 def run_settings(args, config):
     """What a resumed run must share with its checkpoint; the machine and precision may differ."""
-    names = ("preset", "data", "images", "train_split", "seed", "accumulate")
+    names = ("data", "images", "train_split", "seed", "accumulate")
     return asdict(config) | {name: getattr(args, name) for name in names}
 
 

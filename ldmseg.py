@@ -43,6 +43,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.io import ImageReadMode, decode_png
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -178,6 +179,16 @@ def random_relabel(ids, num_ids, generator=None):
     table = torch.cat([torch.zeros(1, dtype=torch.long),
                        1 + torch.randperm(num_ids - 1, generator=generator)])
     return table[ids]
+
+
+def rgb2id(rgb):
+    """COCO panoptic colours uint8 (..., 3) -> int32 ids (...): R + 256 G + 65536 B."""
+    return (rgb.astype(np.float32) @ np.float32([1, 256, 65536])).astype(np.int32)  # exact, fast
+
+
+def id2rgb(ids):
+    """Inverse of rgb2id: int ids (...) in [0, 2^24 - 1] -> uint8 (..., 3)."""
+    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
 
 
 # ---- 3. Shallow autoencoder (Sec. 3.1, "Architectural Design") ---------------------------------
@@ -554,17 +565,24 @@ def postprocess(logits, size, mask_threshold, min_area):
 
 
 def compact_ids(ids, known):
-    """Map int ids (H, W) to 1..len(known) by their place in the list `known`, all others to 0."""
-    table = np.zeros(max(int(ids.max()), *known, 0) + 1, np.int64)
-    table[known] = np.arange(1, len(known) + 1)
-    return table[ids]
+    """Map int ids to 1..len(known) by their place in the list `known`, all others to 0.
+
+    Raises ValueError where an id of `known` repeats.
+    """
+    if len(set(known)) < len(known):
+        raise ValueError(f"segment ids {known}, expected each once and none {VOID}")
+    order = np.argsort(known)
+    place = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
+    return np.where(np.array(known)[place] == ids, place + 1, 0)
 
 
 class PanopticQuality:
-    """Panoptic Quality, accumulated image by image.
+    """Panoptic Quality, accumulated image by image, and mIoU of the classes that segments imply.
 
     categories: [{"id", "isthing", ...}] as in COCO; class_agnostic: one category for everything.
-    `state` (categories, 4) float64 holds (iou_sum, tp, fp, fn) and adds up over images and ranks.
+    `state` (categories, 7) float64 adds up over images and ranks: iou_sum, tp, fp, fn of the
+    segments, then pixels of the class in both, in the truth, in the prediction. `odd` counts the
+    truth's segments with another area in the JSON, and its pixels of ids that are not in its list.
     """
 
     def __init__(self, categories, class_agnostic=False):
@@ -572,26 +590,29 @@ class PanopticQuality:
             categories = [{"id": 1, "isthing": 1}]
         self.class_agnostic, self.categories = class_agnostic, categories
         self.row = {c["id"]: i for i, c in enumerate(categories)}
-        self.state = np.zeros((len(categories), 4))
+        if len(self.row) < len(categories):
+            raise ValueError(f"{len(categories)} categories with {len(self.row)} different ids")
+        self.state, self.odd = np.zeros((len(categories), 7)), np.zeros(2)
 
     def update(self, gt_ids, gt_segments, pred_ids, pred_segments):
-        """Count one image: int maps (H, W), 0 = VOID, and their lists of {"id", "category_id"}.
+        """Count one image: maps, 0 = VOID, and their lists of {"id", "category_id"}.
 
+        The maps: int ids (H, W), or COCO colours uint8 (H, W, 3), which saves converting them.
         Segments match where IoU > 0.5, the union taken without the truth's VOID. Unmatched truth
         is missed, unless a crowd; an unmatched prediction is wrong, unless mostly over VOID or
         over a crowd of its class (of several crowds of one class, the last, like the reference).
         NOTE: the reference takes the truth's areas from the JSON; here they are counted from
         pixels, because the two can differ. Raises ValueError for shapes or ids that do not fit.
         """
-        if gt_ids.shape != pred_ids.shape:
-            raise ValueError(f"prediction is {pred_ids.shape}, expected {gt_ids.shape}")
         overlap = self._joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments)
         gt = np.array([self._row(s) for s in gt_segments], int)
         pred = np.array([self._row(s) for s in pred_segments], int)
         crowd = np.array([bool(s.get("iscrowd")) for s in gt_segments], bool)
-        both, void, area = overlap[2:, 2:], overlap[1, 2:], overlap[:, 2:].sum(0)
-        union = overlap[2:].sum(1)[:, None] + area - both - void
-        match = (gt[:, None] == pred) & ~crowd[:, None] & (both > 0.5 * union)
+        both, void, gt_area = overlap[2:, 2:], overlap[1, 2:], overlap[2:].sum(1)
+        area = overlap[:, 2:].sum(0)
+        union = gt_area[:, None] + area - both - void
+        same = gt[:, None] == pred
+        match = same & ~crowd[:, None] & (both > 0.5 * union)
         last = {gt[g]: both[g] for g in crowd.nonzero()[0]}  # the last crowd of each class
         ignored = void + [last[row][p] if row in last else 0 for p, row in enumerate(pred)]
         g, p = match.nonzero()
@@ -599,6 +620,11 @@ class PanopticQuality:
         np.add.at(self.state, (gt[g], 1), 1)
         np.add.at(self.state, (pred[~match.any(0) & (ignored <= 0.5 * area)], 2), 1)
         np.add.at(self.state, (gt[~match.any(1) & ~crowd], 3), 1)
+        np.add.at(self.state, (gt, 4), (both * same).sum(1))
+        np.add.at(self.state, (gt, 5), gt_area)
+        np.add.at(self.state, (pred, 6), both.sum(0))
+        listed = [s.get("area", a) for s, a in zip(gt_segments, gt_area)]
+        self.odd += (listed != gt_area).sum(), overlap[0].sum()
 
     def _row(self, segment):
         category = 1 if self.class_agnostic else segment["category_id"]
@@ -608,44 +634,71 @@ class PanopticQuality:
 
     @staticmethod
     def _joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
-        """Pixel counts (2 + gt segments, 2 + predicted): row and column 0 unknown ids, 1 VOID."""
-        shape = len(gt_segments) + 2, len(pred_segments) + 2
+        """Pixel counts (2 + gt segments, 2 + predicted): row and column 0 unknown ids, 1 VOID.
+
+        Counts runs of pixels with equal pairs of ids: there are far fewer runs than pixels.
+        """
+        if gt_ids.shape[:2] != pred_ids.shape[:2]:
+            raise ValueError(f"the prediction is {pred_ids.shape[:2]}, expected "
+                             f"{gt_ids.shape[:2]}")
+        change = np.zeros(gt_ids.shape[0] * gt_ids.shape[1], bool)
+        change[0] = True
+        for ids in (gt_ids, pred_ids):
+            flat, channels = ids.ravel(), ids.size // change.size
+            change[np.flatnonzero(flat[channels:] != flat[:-channels]) // channels + 1] = True
+        start = np.flatnonzero(change)
+        gt_ids, pred_ids = (
+            ids.ravel()[start] if ids.ndim == 2 else rgb2id(ids.reshape(-1, 3)[start])
+            for ids in (gt_ids, pred_ids))
         row = compact_ids(gt_ids, [VOID] + [s["id"] for s in gt_segments])
         column = compact_ids(pred_ids, [VOID] + [s["id"] for s in pred_segments])
-        pairs = (row * shape[1] + column).ravel()
-        counts = np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
-        if counts[:, 0].any():
-            raise ValueError("the prediction has pixels of a segment that is not in its list")
+        pixels = np.diff(start, append=change.size)
+        shape = len(gt_segments) + 2, len(pred_segments) + 2
+        counts = np.bincount(row * shape[1] + column, pixels, shape[0] * shape[1]).reshape(shape)
+        if not column.all():
+            raise ValueError(f"the prediction has pixels of segment {pred_ids[column.argmin()]}, "
+                             "which is not in its list")
+        for segment, area in zip(pred_segments, counts[:, 2:].sum(0)):
+            if not area:
+                raise ValueError(f"the prediction lists segment {segment['id']}, but no pixel has "
+                                 "this id")
         return counts
 
     def all_reduce(self, device):
-        """Add the states of all ranks."""
+        """Add the counts of all ranks."""
         if dist.is_initialized():
-            state = torch.from_numpy(self.state).to(device)
-            dist.all_reduce(state)
-            self.state = state.cpu().numpy()
+            for counts in (self.state, self.odd):
+                total = torch.from_numpy(counts).to(device)
+                dist.all_reduce(total)
+                counts[:] = total.cpu().numpy()
 
     def compute(self):
         """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, "per_class": {...}}, values in 0..1.
 
-        Means over the n categories that occur; all 0 with n = 0 where none does.
+        Means over the n categories that occur; all 0 with n = 0 where none does. With classes also
+        "miou" over the classes with pixels in truth or prediction, and "pixel_accuracy"; pixels
+        that the truth leaves VOID do not count, those that only the prediction does are wrong.
         """
-        iou, tp, fp, fn = self.state.T
+        iou, tp, fp, fn, both, truth, predicted = self.state.T
         seen = tp + fp + fn > 0
-        sq = iou / np.maximum(tp, 1)
-        rq = tp / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)
-        pq = iou / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)
-        thing = np.array([bool(c["isthing"]) for c in self.categories])
+        scores = {"pq": iou / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5),
+                  "sq": iou / np.maximum(tp, 1),
+                  "rq": tp / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)}
+        thing = np.array([bool(c["isthing"]) for c in self.categories], bool)
         result = {}
         for name, group in (("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing)):
-            mean = {k: float(v[group].mean()) if group.any() else 0.0
-                    for k, v in (("pq", pq), ("sq", sq), ("rq", rq))}
-            result[name] = mean | {"n": int(group.sum())}
+            n = int(group.sum())
+            result[name] = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
+            result[name]["n"] = n
         result["per_class"] = {
-            str(c["id"]): {"pq": float(pq[i]), "sq": float(sq[i]), "rq": float(rq[i]),
-                           "tp": int(tp[i]), "fp": int(fp[i]), "fn": int(fn[i])}
-            for i, c in enumerate(self.categories) if seen[i]
-        }  # fmt: skip
+            str(self.categories[i]["id"]): {k: float(v[i]) for k, v in scores.items()}
+            | {"tp": int(tp[i]), "fp": int(fp[i]), "fn": int(fn[i])}
+            for i in seen.nonzero()[0]
+        }
+        if not self.class_agnostic:
+            union = truth + predicted - both
+            result["miou"] = float((both / np.maximum(union, 1)).sum() / max((union > 0).sum(), 1))
+            result["pixel_accuracy"] = float(both.sum() / max(truth.sum(), 1))
         return result
 
 
@@ -795,16 +848,6 @@ class ShapeScenes(Dataset):
         )[kind]()
 
 
-def rgb2id(rgb):
-    """COCO panoptic colours uint8 (H, W, 3) -> int64 ids (H, W): R + 256 G + 65536 B."""
-    return rgb.astype(np.int64) @ np.array([1, 256, 65536])
-
-
-def id2rgb(ids):
-    """Inverse of rgb2id: int ids (H, W) in [0, 2^24 - 1] -> uint8 (H, W, 3)."""
-    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
-
-
 def read_image(path):
     """Image file -> uint8 (H, W, 3). FileNotFoundError or ValueError that names the file."""
     try:
@@ -814,6 +857,62 @@ def read_image(path):
         raise FileNotFoundError(f"{path}: no such image") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: not a readable image ({error}); replace the file") from None
+
+
+def read_png(path):
+    """Panoptic PNG -> its colours, uint8 (H, W, 3). Errors as in read_image; twice as fast."""
+    try:
+        rgb = decode_png(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such PNG") from None
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].split(", ", 2)[-1]
+        raise ValueError(f"{path}: not a readable PNG ({reason}); replace the file") from None
+    if rgb.dtype != torch.uint8:
+        raise ValueError(f"{path}: a PNG with {rgb.dtype} channels, expected uint8")
+    return rgb.permute(1, 2, 0).numpy()
+
+
+def _panoptic_problems(data, categories):
+    """What is wrong with the content of a panoptic JSON, one sentence after the other."""
+    images = Counter(a["image_id"] for a in data["annotations"])
+    if len({c["id"] for c in categories}) < len(categories):
+        yield "repeated category ids, expected each once"
+    known = {c["id"] for c in categories}
+    for annotation in data["annotations"]:
+        image, name = f"image {annotation['image_id']}", annotation["file_name"]
+        if images[annotation["image_id"]] > 1:
+            yield f"{image} ({name}) is annotated {images[annotation['image_id']]} times, not once"
+        ids = Counter(s["id"] for s in annotation["segments_info"])
+        for segment in annotation["segments_info"]:
+            id, category = segment["id"], segment["category_id"]
+            if not (isinstance(id, int) and VOID < id < 2**24):
+                yield f"{image} has segment id {id!r}, expected 1 to 2^24 - 1"
+            if ids[id] > 1:
+                yield f"{image} lists segment {id} {ids[id]} times, expected once"
+            if known and category not in known:
+                yield f"{image}, segment {id} has category {category}, expected one of {known}"
+
+
+def read_panoptic(path, categories=None):
+    """The content of a COCO panoptic JSON, every annotation checked.
+
+    categories: those its segments may have (default: its own; empty: any).
+    Raises FileNotFoundError or ValueError naming the file, the image and what is wrong.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+        categories = data["categories"] if categories is None else categories
+        problem = next(_panoptic_problems(data, categories), None)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such annotation file") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected COCO panoptic JSON (categories; annotations of "
+                         "image_id, file_name and segments_info with id and category_id), got "
+                         f"{type(error).__name__}: {error}") from None
+    if problem:
+        raise ValueError(f"{path}: {problem}")
+    return data
 
 
 class PanopticDataset(Dataset):
@@ -827,17 +926,15 @@ class PanopticDataset(Dataset):
     def __init__(self, json_path, image_dir):
         self.json_path, self.image_dir = Path(json_path), Path(image_dir)
         self.mask_dir = self.json_path.with_suffix("")
+        data = read_panoptic(json_path)
+        self.categories = data["categories"]
         try:
-            data = json.loads(self.json_path.read_text())
-            images = {image["id"]: image for image in data["images"]}
-            self.records = [(images[a["image_id"]], a) for a in data["annotations"]]
-            self.segment_counts = [len(a["segments_info"]) for _, a in self.records]
-            self.categories = data["categories"]
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{json_path}: no such annotation file") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{json_path}: expected COCO panoptic JSON (images, categories, "
-                             f"annotations with segments_info), got {error!r}") from None
+            names = {image["id"]: image["file_name"] for image in data["images"]}
+            self.records = [(names[a["image_id"]], a) for a in data["annotations"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{json_path}: expected images with id and file_name for every "
+                             f"annotation, got {error!r}") from None
+        self.segment_counts = [len(a["segments_info"]) for _, a in self.records]
         if not self.records:
             raise ValueError(f"{json_path}: no annotated image, expected at least one")
         for folder in (self.image_dir, self.mask_dir):
@@ -848,20 +945,20 @@ class PanopticDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index):
-        info, annotation = self.records[index]
-        image = read_image(self.image_dir / info["file_name"])
-        mask_path = self.mask_dir / annotation["file_name"]
-        ids, segments = rgb2id(read_image(mask_path)), annotation["segments_info"]
+        file_name, annotation = self.records[index]
+        image, mask_path = (read_image(self.image_dir / file_name),
+                            self.mask_dir / annotation["file_name"])
+        ids, segments = rgb2id(read_png(mask_path)), annotation["segments_info"]
         if ids.shape != image.shape[:2]:
             raise ValueError(f"{mask_path}: {ids.shape} pixels, expected {image.shape[:2]} like "
-                             f"its image {info['file_name']}")
+                             f"its image {file_name}")
         known, found = {s["id"] for s in segments}, set(np.unique(ids).tolist()) - {VOID}
         if odd := known ^ found:
             place = "not in the PNG" if min(odd) in known else f"not in {self.json_path.name}"
             raise ValueError(f"{mask_path}: {len(odd)} segment ids do not agree with the JSON, "
                              f"expected none; the first, {min(odd)}, is {place}")
-        return {"image": image, "ids": ids, "segments": segments, "image_id": info["id"],
-                "file_name": info["file_name"]}
+        return {"image": image, "ids": ids, "segments": segments,
+                "image_id": annotation["image_id"], "file_name": file_name}
 
 
 def open_dataset(data, split, images, size, kind):
@@ -898,16 +995,17 @@ def prepare(record, config, generator, augment):
     the N - 1 largest segments stay. `augment`: flip with probability 1/2, and segments under
     min_segment pixels become VOID. Randomness comes from `generator` (torch's, CPU).
     """
-    known = [s["id"] for s in record["segments"] if not s.get("iscrowd")]
+    known = [VOID] + [s["id"] for s in record["segments"] if not s.get("iscrowd")]
     size = [config.size, config.size]
     image = torch.from_numpy(record["image"].copy()).permute(2, 0, 1)
     image = v2.functional.resize(image, size, antialias=True)
-    ids = torch.from_numpy(compact_ids(record["ids"], known))[None, None].float()
-    ids = F.interpolate(ids, size, mode="nearest-exact")[0, 0].long()  # centred, as the image
+    ids = torch.from_numpy(record["ids"])[None, None].float()  # exact below 2^24
+    ids = F.interpolate(ids, size, mode="nearest-exact")[0, 0]  # centred, as the image
+    ids = torch.from_numpy(compact_ids(ids.numpy(), known))
     if augment and torch.rand((), generator=generator) < 0.5:
         image, ids = image.flip(-1), ids.flip(-1)
     areas = torch.bincount(ids.flatten(), minlength=len(known) + 1)
-    areas[VOID] = 0
+    areas[:2] = 0  # ids that are not listed, VOID
     kept = areas.argsort(descending=True)[: config.num_ids - 1]
     kept = kept[areas[kept] >= (max(1, config.min_segment) if augment else 1)]
     table = torch.zeros(len(areas), dtype=torch.long)

@@ -4,9 +4,10 @@
     python sample.py cat.jpg street.png        # your images
     python sample.py --data coco/ --weights runs/coco --limit 100
 
-Leaves in --out: per image a panoptic PNG (id = R + 256 G + 65536 B, 0 = VOID) and an overlay;
-panoptic.json in the COCO format; grid.png with the first eight; denoising.png with the
-prediction after 1, 5, 10, 20, 50 steps of one run (Fig. S5); noises.png with two noises (Fig. 10).
+Leaves in --out: panoptic.json and panoptic/*.png, the COCO panoptic format (a pixel's id is
+R + 256 G + 65536 B, 0 = VOID), which evaluate.py --pred reads; overlay/*.png; grid.png with the
+first eight images; denoising.png with the prediction after 1, 5, 10, 20, 50 steps of one run
+(Fig. S5); noises.png with two noises (Fig. 10).
 """
 
 from pathlib import Path
@@ -57,8 +58,9 @@ def choose_images(args, size):
             raise FileNotFoundError(f"{missing[0]}: no such image file ({len(missing)} missing)")
         stems = [Path(p).stem for p in args.paths]
         inputs = {Path(p).resolve() for p in args.paths}
+        written = [Path(args.out, folder) for folder in ("panoptic", "overlay")]
         twice = [s for s in stems if stems.count(s) > 1
-                 or Path(args.out, f"{s}.png").resolve() in inputs]
+                 or any((folder / f"{s}.png").resolve() in inputs for folder in written)]
         if twice:
             raise ValueError(f"--out {args.out}: {twice[0]}.png would overwrite an image or another"
                              " result; use another --out, or give each image its own name")
@@ -122,10 +124,10 @@ def main(argv=None):
     options = dict(seed=args.seed, workers=args.workers, limit=limit)
     for index, record, logits in predict_dataset(sample, dataset, model.config, device, **options):
         ids = segment(logits, record["ids"].shape, model.config)
-        stem = Path(record["file_name"]).with_suffix("")
-        write_png(out / f"{stem}.png", id2rgb(ids))
-        write_png(out / f"{stem}_overlay.png", overlay(record["image"], ids))
-        annotations.append((index, {"image_id": record["image_id"], "file_name": f"{stem}.png",
+        name = str(Path(record["file_name"]).with_suffix(".png"))
+        write_png(out / "panoptic" / name, id2rgb(ids))
+        write_png(out / "overlay" / name, overlay(record["image"], ids))
+        annotations.append((index, {"image_id": record["image_id"], "file_name": name,
                                     "segments_info": segments_of(ids)},
                             {"id": record["image_id"], "file_name": record["file_name"],
                              "height": ids.shape[0], "width": ids.shape[1]}))

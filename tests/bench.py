@@ -1,15 +1,29 @@
-"""Speed, run by hand: python tests/bench.py scenes
+"""Speed, run by hand: python tests/bench.py scenes | pq
 
 scenes  generated scenes per second in one process, at 64 and 256 pixels
+pq      Panoptic Quality of 640x480 pairs with 12 segments: times and their ratios, one thread
 """
 
+import json
+import os
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+    os.environ[name] = "1"
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
 
-from ldmseg import ShapeScenes  # noqa: E402
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+from scipy import ndimage  # noqa: E402
+from torchvision.io import decode_png, read_file  # noqa: E402
+
+from ldmseg import PanopticQuality, ShapeScenes, id2rgb, read_png, segments_of  # noqa: E402
 
 
 def scenes():
@@ -21,8 +35,129 @@ def scenes():
         print(f"{size} pixels: {count / (time.perf_counter() - start):.0f} scenes per second")
 
 
+def milliseconds(functions, rounds=7):
+    """Median time of each of {name: function}, measured in turns: drifts hit all alike."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def wavy_regions(rng, height=480, width=640, segments=12):
+    """An id map: `segments` regions around random centres with wavy borders, 24-bit ids, VOID."""
+    centres = rng.random((segments + 1, 2)) * (height, width)
+    place = np.indices((height, width), np.float32)
+    for axis in place:
+        axis += 60 * ndimage.gaussian_filter(rng.standard_normal((height, width)), 8)
+    distance = [((place - c[:, None, None].astype(np.float32)) ** 2).sum(0) for c in centres]
+    ids = np.append(0, 1 + rng.choice(2**24 - 1, segments, replace=False))
+    return ids[np.argmin(distance, 0)]
+
+
+def write_pairs(folder, unique, repeats):
+    """`unique` pairs of maps as COCO panoptic files, each used by `repeats` image ids."""
+    rng, categories = np.random.default_rng(0), [{"id": 1, "name": "a", "isthing": 1}]
+    maps = {}
+    for name in ("gt", "pred"):
+        (folder / name).mkdir()
+        maps[name], annotations = [wavy_regions(rng) for _ in range(unique)], []
+        for i, ids in enumerate(maps[name]):
+            Image.fromarray(id2rgb(ids)).save(folder / name / f"{i}.png")
+            segments = [{"id": int(id), "category_id": 1, "iscrowd": 0, "area": int(area)}
+                        for id, area in zip(*np.unique(ids, return_counts=True)) if id]
+            annotations += [{"image_id": i * repeats + j, "file_name": f"{i}.png",
+                             "segments_info": segments} for j in range(repeats)]
+        content = {"images": [], "annotations": annotations, "categories": categories}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return list(zip(maps["gt"], maps["pred"]))
+
+
+def pq():
+    with tempfile.TemporaryDirectory() as folder:
+        _pq_update(Path(folder, "few"))
+        _pq_command(Path(folder, "many"))
+
+
+def _pq_update(folder):
+    """One process: `update` on arrays and from files against its parts and against hotcoco."""
+    folder.mkdir()
+    pairs = write_pairs(folder, unique=20, repeats=1)
+    images = [(gt, segments_of(gt), pred, segments_of(pred)) for gt, pred in pairs]
+    metric = PanopticQuality([{"id": 1, "isthing": 1}])
+    files = [[str(folder / name / f"{i}.png") for name in ("gt", "pred")] for i in range(20)]
+
+    def histogram():
+        for gt, _, pred, _ in images:
+            columns, column = np.unique(pred, return_inverse=True)
+            rows, row = np.unique(gt, return_inverse=True)
+            np.bincount((row * len(columns) + column).ravel())
+
+    def histogram_of_small_ids():
+        for gt, pred in small:
+            np.bincount((gt * 16 + pred).ravel())
+
+    def update():
+        for image in images:
+            metric.update(*image)
+
+    def update_from_files():
+        for (gt, pred), (_, gt_segments, _, pred_segments) in zip(files, images):
+            metric.update(read_png(gt), gt_segments, read_png(pred), pred_segments)
+
+    small = [[np.unique(ids, return_inverse=True)[1].reshape(ids.shape) for ids in pair]
+             for pair in pairs]
+    functions = {
+        "joint histogram (np.unique, np.bincount)": histogram,
+        "np.bincount over gt * 16 + pred, ids given as 0..12": histogram_of_small_ids,
+        "decoding, torchvision": lambda: [decode_png(read_file(f)) for pair in files for f in pair],
+        "decoding, Pillow": lambda: [Image.open(f).load() for pair in files for f in pair],
+        "update on arrays": update,
+        "update from PNG files": update_from_files,
+    }
+    try:
+        from hotcoco import panoptic
+
+        functions["hotcoco from the same files"] = lambda: panoptic.PanopticEval(
+            folder / "gt.json", folder / "pred.json").evaluate()
+    except ImportError:
+        print("hotcoco is not installed: no comparison with it")
+    times = {name: value / len(pairs) for name, value in milliseconds(functions).items()}
+    for name, value in times.items():
+        print(f"{name:>52}: {value:6.2f} ms a pair")
+    (unique, bincount, torchvision, pillow, arrays, png), rest = list(times.values())[:6], times
+    print(f"update on arrays / histogram: {arrays / unique:.2f}, / bare bincount: "
+          f"{arrays / bincount:.2f}")
+    print(f"from files / decoding: torchvision {png / torchvision:.2f}, Pillow {png / pillow:.2f}")
+    if "hotcoco from the same files" in rest:
+        hotcoco = rest["hotcoco from the same files"]
+        print(f"from files / hotcoco: {png / hotcoco:.2f}, on arrays / hotcoco from files: "
+              f"{arrays / hotcoco:.2f}")
+
+
+def _pq_command(folder):
+    """The whole command on 500 and 5,000 pairs: peak memory; 5,000 pairs: one and two workers."""
+    folder.mkdir()
+    write_pairs(folder, unique=50, repeats=100)
+    arguments = ["--gt", str(folder / "gt.json"), "--pred", str(folder / "pred.json")]
+    seconds = {}
+    code = ("import resource, sys, evaluate; evaluate.main(sys.argv[1:]); "
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+    for limit, workers in ((500, 1), (5000, 1), (5000, 2)):
+        start = time.perf_counter()
+        output = subprocess.run([sys.executable, "-c", code, *arguments, "--limit", str(limit),
+                                 "--workers", str(workers)], check=True, cwd=REPO,
+                                capture_output=True, text=True).stdout
+        seconds[limit, workers] = time.perf_counter() - start
+        print(f"evaluate.py, {limit} pairs, --workers {workers}: {seconds[limit, workers]:.1f} s, "
+              f"peak memory of a worker {int(output.split()[-1]) / 2**10:.0f} MiB")
+    print(f"two workers / one: {seconds[5000, 2] / seconds[5000, 1]:.2f}")
+
+
 if __name__ == "__main__":
-    benchmarks = {"scenes": scenes}
+    benchmarks = {"scenes": scenes, "pq": pq}
     if sys.argv[1:] not in [[name] for name in benchmarks]:
         sys.exit(__doc__)
     benchmarks[sys.argv[1]]()

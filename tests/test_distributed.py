@@ -148,10 +148,11 @@ def test_training_on_two_ranks_logs_what_one_process_logs(outcomes, stage):
 
 
 def test_two_ranks_write_the_samples_of_one_process(outcomes):
-    one, two = (sorted((folder / "samples").iterdir()) for folder in outcomes)
+    one, two = (sorted((folder / "samples").rglob("*")) for folder in outcomes)
     assert [path.name for path in one] == [path.name for path in two]
     listed = [json.loads((folder / "samples" / "panoptic.json").read_text()) for folder in outcomes]
     assert listed[0]["images"] == listed[1]["images"]
     for image in listed[0]["images"]:
-        masks = [ldmseg.read_image(folder / "samples" / image["file_name"]) for folder in outcomes]
+        masks = [ldmseg.read_image(folder / "samples" / "panoptic" / image["file_name"])
+                 for folder in outcomes]
         assert (masks[0] != masks[1]).any(-1).mean() < 0.05 and np.unique(masks[0]).size > 1

@@ -136,16 +136,16 @@ def samples(tmp_path_factory, data, tiny_run):
 
 
 def test_sample_leaves_masks_overlays_json_and_pictures(samples):
-    expected = {f"val{i}{kind}.png" for i in (0, 1) for kind in ("", "_overlay")}
+    expected = {f"{folder}/val{i}.png" for i in (0, 1) for folder in ("panoptic", "overlay")}
     expected |= {"panoptic.json", "grid.png", "denoising.png", "noises.png"}
-    assert {path.name for path in samples.iterdir()} == expected
+    assert {str(p.relative_to(samples)) for p in samples.rglob("*") if p.is_file()} == expected
 
 
 def test_panoptic_json_agrees_with_the_masks(samples, data):
     result = json.loads((samples / "panoptic.json").read_text())
     assert [i["file_name"] for i in result["images"]] == ["val0.png", "val1.png"]
     for info, annotation in zip(result["images"], result["annotations"], strict=True):
-        ids = rgb2id(read_image(samples / annotation["file_name"]))
+        ids = rgb2id(read_image(samples / "panoptic" / annotation["file_name"]))
         assert annotation["image_id"] == info["id"]
         assert ids.shape == (info["height"], info["width"])
         assert ids.shape == read_image(data / "val" / info["file_name"]).shape[:2]
@@ -162,9 +162,7 @@ def test_two_noises_give_two_masks_of_an_image(samples):
 
 @pytest.mark.parametrize("seed, perfect", [("0", True), ("1", False)])
 def test_evaluate_draws_what_sample_wrote(samples, data, tiny_run, tmp_path, seed, perfect):
-    shutil.copytree(samples, tmp_path / "written")
-    shutil.copy(samples / "panoptic.json", tmp_path / "written.json")
-    evaluate.main(["--weights", str(tiny_run.ldm), "--data", str(tmp_path / "written.json"),
+    evaluate.main(["--weights", str(tiny_run.ldm), "--data", str(samples / "panoptic.json"),
                    "--images", str(data / "val"), "--steps", "3", "--seed", seed,
                    "--json", str(tmp_path / "pq.json"), *ON_CPU])  # fmt: skip
     result = json.loads((tmp_path / "pq.json").read_text())
@@ -191,8 +189,11 @@ def test_evaluate_scores_the_reconstruction_of_a_stage_1_run(data, tiny_run, tmp
     assert result["All"] == result["autoencoder"]
 
 
-def test_a_result_never_overwrites_an_image(complaint, data, tiny_run):
-    path, folder = data / "train" / "train0.png", data / "train"
+def test_a_result_never_overwrites_an_image(complaint, data, tiny_run, tmp_path):
+    folder = tmp_path / "runs"
+    path = folder / "panoptic" / "train0.png"
+    path.parent.mkdir(parents=True)
+    shutil.copy(data / "train" / "train0.png", path)
     before = path.read_bytes()
     line = complaint(sample.main, sample_command(tiny_run.ldm, folder, str(path)))
     assert "train0.png would overwrite" in line and path.read_bytes() == before
@@ -204,7 +205,7 @@ def test_a_sample_depends_on_the_images_name_and_the_seed_only(data, tiny_run, t
     def masks(folder, *arguments):
         sample.main(sample_command(tiny_run.ldm, tmp_path / folder, *arguments))
         return {i: read_image(path) for i in range(3)
-                if (path := tmp_path / folder / f"train{i}.png").exists()}  # fmt: skip
+                if (path := tmp_path / folder / "panoptic" / f"train{i}.png").exists()}  # fmt: skip
 
     together, fewer = masks("all", *paths), masks("fewer", paths[2], paths[1])
     assert together.keys() == {0, 1, 2} and fewer.keys() == {1, 2}
@@ -290,7 +291,7 @@ DAMAGE = {
     "no mask": (lambda root: (root / MASKS / "train1.png").unlink(),
                 f"{MASKS}/train1.png: no such"),
     "truncated mask": (lambda root: truncate(root / MASKS / "train1.png"),
-                       f"{MASKS}/train1.png: not a readable image"),
+                       f"{MASKS}/train1.png: not a readable PNG"),
     "mask of another size": (lambda root: crop(root / MASKS / "train1.png"),
                              f"{MASKS}/train1.png: (20, 20) pixels, expected (48, 33)"),
     "id unknown to the JSON": (lambda root: repaint(root, 5, 77),
@@ -303,7 +304,7 @@ DAMAGE = {
     "nothing annotated": (lambda root: edit_json(root, lambda c: c["annotations"].clear()),
                           "panoptic_train.json: no annotated image"),
     "annotation of no image": (lambda root: edit_json(root, lambda c: c["images"].clear()),
-                               "panoptic_train.json: expected COCO panoptic JSON"),
+                               "panoptic_train.json: expected images with id and file_name"),
     "detection JSON": (lambda root: edit_json(root, lambda c: c["annotations"][0].pop(
         "segments_info")), "panoptic_train.json: expected COCO panoptic JSON"),
     "truncated JSON": (lambda root: truncate(root / f"{MASKS}.json"),

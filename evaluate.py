@@ -21,9 +21,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ldmseg import (
-    LDMSeg, PanopticQuality, autocast, base_parser, default_weights, evaluate_pq, int2bits, is_main,
-    load_autoencoder, load_model, open_dataset, progress, rank_and_world, read_panoptic, read_png,
-    read_weights, run_script, setup_distributed, write_json,
+    PanopticQuality, base_parser, default_weights, evaluate_pq, int2bits, is_main, load_model,
+    open_dataset, progress, rank_and_world, read_image, read_panoptic, run_script,
+    setup_distributed, write_json,
 )  # fmt: skip
 
 
@@ -89,11 +89,11 @@ class PanopticPairs(Dataset):
     def __getitem__(self, index):
         truth, metric = self.truth[index], self.new_metric()
         path = self.folders[0] / truth["file_name"]
-        gt_rgb = read_png(path)
+        gt_rgb = read_image(path)
         pred_rgb, prediction = np.zeros_like(gt_rgb), self.prediction.get(truth["image_id"])
         if prediction:
             path = self.folders[1] / prediction["file_name"]
-            pred_rgb = read_png(path)
+            pred_rgb = read_image(path)
         try:
             metric.update(gt_rgb, truth["segments_info"],
                           pred_rgb, prediction["segments_info"] if prediction else [])
@@ -150,10 +150,11 @@ def print_table(result, categories, per_class):
 
 def score_weights(args):
     """The sweep over --steps and the autoencoder's own score, printed as a table."""
-    device, dtype = setup_distributed(args.device, args.amp)
+    device, autocast = setup_distributed(args.device, args.amp)
     path = args.weights or default_weights("runs/ldm")
-    model = load_model(path, device) if read_weights(path)[0] == LDMSeg.__name__ else None
-    autoencoder, config = load_autoencoder(path, device)
+    model = load_model(path, device)
+    config, autoencoder = model.config, getattr(model, "autoencoder", model)
+    model = None if model is autoencoder else model
     dataset = open_dataset(args.data, args.split, args.images, config.size, "val")
     min_area = args.min_area if args.min_area is not None else config.min_area if model else 0
     images = min(len(dataset), args.limit or len(dataset))
@@ -171,7 +172,7 @@ def score_weights(args):
         return result | {"seconds_per_image": seconds}
 
     def sample(batch, steps):
-        with autocast(device, dtype):
+        with autocast():
             return model.sample(batch["image"], batch["seed"], steps)
 
     if is_main():

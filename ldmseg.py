@@ -28,9 +28,9 @@ import sys
 import time
 import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +203,7 @@ class MaskAutoencoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         widths, width = config.ae_widths, config.ae_widths[-1]
         encoder = [conv3x3(config.bits, widths[0]), nn.SiLU()]
         for c_in, c_out in zip(widths, widths[1:]):
@@ -392,12 +393,6 @@ def seeded_noise(seeds, config, device):
     shape = (config.latent_channels, config.size // 8, config.size // 8)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
     return torch.stack(noise).to(device)
-
-
-def seeded_timesteps(seeds, device):
-    """Uniform timesteps int64 (B,) in [0, T - 1], each from its seed only."""
-    t = [stable_seed("timestep", int(s)) * NoiseSchedule.T >> 32 for s in seeds]
-    return torch.tensor(t, device=device)
 
 
 # ---- 6. The UNet on concatenated latents and the image encoder (Sec. 3.2) ----------------------
@@ -851,26 +846,17 @@ class ShapeScenes(Dataset):
 def read_image(path):
     """Image file -> uint8 (H, W, 3). FileNotFoundError or ValueError that names the file."""
     try:
+        if Path(path).suffix == ".png":  # torchvision's decoder is faster, Pillow reads the rest
+            data = torch.from_numpy(np.fromfile(path, np.uint8))
+            return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy().astype(
+                np.uint8, casting="no", copy=False)
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable image ({error}); replace the file") from None
-
-
-def read_png(path):
-    """Panoptic PNG -> its colours, uint8 (H, W, 3). Errors as in read_image; twice as fast."""
-    try:
-        rgb = decode_png(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such PNG") from None
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].split(", ", 2)[-1]
-        raise ValueError(f"{path}: not a readable PNG ({reason}); replace the file") from None
-    if rgb.dtype != torch.uint8:
-        raise ValueError(f"{path}: a PNG with {rgb.dtype} channels, expected uint8")
-    return rgb.permute(1, 2, 0).numpy()
+    except (OSError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0].split(".cpp:")[-1]
+        raise ValueError(f"{path}: not a readable image ({reason}); replace the file") from None
 
 
 def _panoptic_problems(data, categories):
@@ -948,7 +934,7 @@ class PanopticDataset(Dataset):
         file_name, annotation = self.records[index]
         image, mask_path = (read_image(self.image_dir / file_name),
                             self.mask_dir / annotation["file_name"])
-        ids, segments = rgb2id(read_png(mask_path)), annotation["segments_info"]
+        ids, segments = rgb2id(read_image(mask_path)), annotation["segments_info"]
         if ids.shape != image.shape[:2]:
             raise ValueError(f"{mask_path}: {ids.shape} pixels, expected {image.shape[:2]} like "
                              f"its image {file_name}")
@@ -1141,7 +1127,8 @@ def training_data(args, size):
 
 
 def setup_distributed(device=None, amp=None):
-    """Join the process group under torchrun. Returns the torch device and the autocast dtype."""
+    """Join the process group under torchrun. Returns the torch device and a function without
+    arguments that makes the autocast context."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -1159,12 +1146,8 @@ def setup_distributed(device=None, amp=None):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-
-
-def autocast(device, dtype):
-    """torch.autocast, or nothing where dtype is None."""
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return device, partial(torch.autocast, device.type, dtype, enabled=amp != "off")
 
 
 def progress(iterable, total, description, start=0):
@@ -1202,17 +1185,6 @@ def make_ema(model, decay):
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
 
     return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
-
-
-def optimizer_step(model, optimizer, scaler, lr, max_norm):
-    """One update at learning rate `lr`, the gradient clipped to norm `max_norm`."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
 
 
 class Meter:
@@ -1327,10 +1299,13 @@ def resume_run(out, settings, state, fresh):
     return checkpoint["step"]
 
 
-def read_weights(path):
-    """(model name, Config, tensors) of a run folder or a safetensors file."""
-    path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
+def load_model(path, device="cpu", kind=nn.Module):
+    """LDMSeg or MaskAutoencoder of a run folder or a weights file, in evaluation mode.
+
+    `.config` is its Config. Raises FileNotFoundError or ValueError naming the file, also where
+    the model is not of class `kind`.
+    """
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     if not file.exists():
         raise FileNotFoundError(f"{path}: no weights, expected a run folder or .safetensors file")
     try:
@@ -1338,31 +1313,15 @@ def read_weights(path):
             about = json.loads(weights.metadata()["ldmseg"])
             tensors = {k: weights.get_tensor(k).float() for k in weights.keys()}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
-        return about["model"], Config(**values), tensors
+        model = {"LDMSeg": LDMSeg, "MaskAutoencoder": MaskAutoencoder}[about["model"]](
+            Config(**values))
+        model.load_state_dict(tensors)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{file}: not weights that these scripts wrote ({reason})") from None
-
-
-def load_model(path, device="cpu"):
-    """LDMSeg from a run folder or a weights file, in evaluation mode. `.config` is its Config."""
-    name, config, tensors = read_weights(path)
-    if name != "LDMSeg":
-        raise ValueError(f"{path}: holds a {name}, expected the weights of train_ldm.py")
-    model = LDMSeg(config)
-    model.load_state_dict(tensors)
+    if not isinstance(model, kind):
+        raise ValueError(f"{path}: holds a {about['model']}, expected a {kind.__name__}")
     return model.to(device, memory_format=torch.channels_last).eval()
-
-
-def load_autoencoder(path, device="cpu"):
-    """(MaskAutoencoder, Config) from a run of either stage or a weights file."""
-    name, config, tensors = read_weights(path)
-    if name == "LDMSeg":
-        prefix = "autoencoder."
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    autoencoder = MaskAutoencoder(config)
-    autoencoder.load_state_dict(tensors)
-    return autoencoder.to(device, memory_format=torch.channels_last).eval(), config
 
 
 def default_weights(folder):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ldmseg import (
-    ShapeScenes, autocast, base_parser, colorize, default_weights, id2rgb, is_main, load_model,
+    LDMSeg, ShapeScenes, base_parser, colorize, default_weights, id2rgb, is_main, load_model,
     open_dataset, overlay, postprocess, predict_dataset, prepare, rank_and_world, read_image,
     run_script, save_grid, seeded_noise, segments_of, setup_distributed, stable_seed,
     write_json, write_png,
@@ -110,14 +110,14 @@ def segment(logits, size, config):
 
 def main(argv=None):
     args = parse(argv)
-    device, dtype = setup_distributed(args.device, args.amp)
-    model = load_model(args.weights or default_weights("runs/ldm"), device)
+    device, autocast = setup_distributed(args.device, args.amp)
+    model = load_model(args.weights or default_weights("runs/ldm"), device, LDMSeg)
     model.schedule.timesteps(args.steps)  # an impossible number of steps stops here
     dataset, limit = choose_images(args, model.config.size)
     out = Path(args.out)
 
     def sample(batch):
-        with autocast(device, dtype):
+        with autocast():
             return model.sample(batch["image"], batch["seed"], args.steps)
 
     annotations, rows, first = [], [], []
@@ -148,7 +148,7 @@ def main(argv=None):
                {"images": images, "annotations": predictions, "categories": categories})
     titles = ["image", *([] if args.paths else ["truth"]), "prediction", "overlay"]
     save_grid(out / "grid.png", titles, rows)
-    with autocast(device, dtype):
+    with autocast():
         draw_denoising(model, first[:4], args, device, out / "denoising.png")
         draw_noises(model, first[:4], args, device, out / "noises.png")
     print(f"{len(predictions)} images -> {out}/ (see grid.png, denoising.png, noises.png)")

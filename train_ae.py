@@ -13,13 +13,13 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    MaskAutoencoder, Meter, TrainingStream, ae_loss, autocast, candidate_coords, colorize,
-    evaluate_pq, int2bits, is_main, learning_rate, log_line, make_ema, make_optimizer,
-    optimizer_step, progress, resume_run, run_script, run_settings, save_grid,
-    save_run, setup_distributed, training_config, training_data,
-    training_loader, training_parser,
+    MaskAutoencoder, Meter, TrainingStream, ae_loss, candidate_coords, colorize, evaluate_pq,
+    int2bits, is_main, learning_rate, log_line, make_ema, make_optimizer, progress, resume_run,
+    run_script, run_settings, save_grid, save_run, setup_distributed, training_config,
+    training_data, training_loader, training_parser,
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def evaluate(autoencoder, val, config, device, args):
 def main(argv=None):
     args = training_parser(__doc__, "ae").parse_args(argv)
     config = training_config(args, "ae")
-    device, dtype = setup_distributed(args.device, args.amp)
+    device, autocast = setup_distributed(args.device, args.amp)
     train, val = training_data(args, config.size)
     stream = TrainingStream(train, config, args.seed)
 
@@ -54,7 +54,7 @@ def main(argv=None):
     model = MaskAutoencoder(config).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config.ae_lr, config.weight_decay)
     ema = make_ema(model, config.ema)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     settings = run_settings(args, config)
     start, steps = resume_run(args.out, settings, state, args.fresh), config.ae_steps
@@ -70,13 +70,19 @@ def main(argv=None):
             batch = next(batches)
             ids = batch["ids"].to(device, non_blocking=True)
             coords = candidate_coords(batch["seed"], config.points, device)
-            with autocast(device, dtype):
+            with autocast():
                 logits = net(int2bits(ids, config.bits))  # (B, N, H/2, W/2)
                 loss, parts = ae_loss(logits, ids, coords, config.points)
             scaler.scale(loss / args.accumulate).backward()
             meter.add(len(ids), loss=loss, **parts)
         lr = learning_rate(step, steps, config.ae_lr, config)
-        optimizer_step(model, optimizer, scaler, lr, config.ae_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(model.parameters(), config.ae_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
         ema.update_parameters(model)
 
         done = step + 1

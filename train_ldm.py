@@ -15,12 +15,12 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    LDMSeg, Meter, TrainingStream, autocast, colorize, default_weights, evaluate_pq,
-    is_main, learning_rate, load_autoencoder, log_line, make_ema,
-    make_optimizer, optimizer_step, override, progress, resume_run, run_script, run_settings,
-    save_grid, save_run, seeded_noise, seeded_timesteps, setup_distributed, stable_seed,
+    LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize, default_weights, evaluate_pq, is_main,
+    learning_rate, load_model, log_line, make_ema, make_optimizer, override, progress, resume_run,
+    run_script, run_settings, save_grid, save_run, seeded_noise, setup_distributed, stable_seed,
     training_config, training_data, training_loader, training_parser,
 )  # fmt: skip
 
@@ -30,6 +30,11 @@ def parse(argv):
     parser.add_argument("--ae", metavar="RUN",
                         help="stage 1's run (default: runs/ae if there, else shipped)")
     return parser.parse_args(argv)
+
+
+def timesteps_of(seeds):
+    """Uniform timesteps int64 (B,) in [0, T - 1], each from its sample's seed."""
+    return torch.tensor([stable_seed("timestep", int(s)) * NoiseSchedule.T >> 32 for s in seeds])
 
 
 def inherit_autoencoder(config, ae_config, path, assignments):
@@ -48,10 +53,10 @@ def inherit_autoencoder(config, ae_config, path, assignments):
     return chosen
 
 
-def evaluate(model, val, config, device, dtype, args):
+def evaluate(model, val, config, device, autocast, args):
     """PQ of samples, and rows of pictures: image | truth | prediction | autoencoder alone."""
     def sample(batch):
-        with autocast(device, dtype):
+        with autocast():
             return model.sample(batch["image"], batch["seed"], config.eval_steps)
 
     def reconstruct(batch):
@@ -67,9 +72,11 @@ def evaluate(model, val, config, device, dtype, args):
 
 def main(argv=None):
     args = parse(argv)
-    device, dtype = setup_distributed(args.device, args.amp)
+    device, autocast = setup_distributed(args.device, args.amp)
     ae = args.ae or default_weights("runs/ae")
-    autoencoder, ae_config = load_autoencoder(ae, device)
+    autoencoder = load_model(ae, device)
+    autoencoder = getattr(autoencoder, "autoencoder", autoencoder)  # of either stage
+    ae_config = autoencoder.config
     config = inherit_autoencoder(training_config(args, "ldm"), ae_config, ae, args.set)
     train, val = training_data(args, config.size)
     stream = TrainingStream(train, config, args.seed)
@@ -80,7 +87,7 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config.ldm_lr, config.weight_decay)
     ema = make_ema(model, config.ema)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     weights = b"".join(v.cpu().numpy().tobytes() for v in autoencoder.state_dict().values())
     settings = run_settings(args, config) | {"--ae": f"with checksum {zlib.crc32(weights):08x}"}
@@ -100,13 +107,19 @@ def main(argv=None):
             batch = next(batches)
             image, ids = (batch[k].to(device, non_blocking=True) for k in ("image", "ids"))
             eps = seeded_noise(batch["seed"], config, device)
-            t = seeded_timesteps(batch["seed"], device)
-            with autocast(device, dtype):
+            t = timesteps_of(batch["seed"]).to(device)
+            with autocast():
                 loss = net(image, ids, eps, t, self_condition)  # Eq. 4
             scaler.scale(loss / args.accumulate).backward()
             meter.add(len(ids), loss=loss)
         lr = learning_rate(step, steps, config.ldm_lr, config)
-        optimizer_step(model, optimizer, scaler, lr, config.ldm_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(model.parameters(), config.ldm_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
         ema.update_parameters(model)
 
         done = step + 1
@@ -116,7 +129,7 @@ def main(argv=None):
             meter = Meter()
         if evaluating:
             averaged = ema.module.eval()
-            scores, ceiling, rows = evaluate(averaged, val, config, device, dtype, args)
+            scores, ceiling, rows = evaluate(averaged, val, config, device, autocast, args)
             log_line(args.out, step=done, pq=scores["pq"], sq=scores["sq"], rq=scores["rq"],
                      autoencoder_pq=ceiling["pq"], sampling_steps=config.eval_steps)
             if is_main():

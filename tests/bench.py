@@ -23,7 +23,7 @@ from PIL import Image  # noqa: E402
 from scipy import ndimage  # noqa: E402
 from torchvision.io import decode_png, read_file  # noqa: E402
 
-from ldmseg import PanopticQuality, ShapeScenes, id2rgb, read_png, segments_of  # noqa: E402
+from ldmseg import PanopticQuality, ShapeScenes, id2rgb, read_image, segments_of  # noqa: E402
 
 
 def scenes():
@@ -105,7 +105,7 @@ def _pq_update(folder):
 
     def update_from_files():
         for (gt, pred), (_, gt_segments, _, pred_segments) in zip(files, images):
-            metric.update(read_png(gt), gt_segments, read_png(pred), pred_segments)
+            metric.update(read_image(gt), gt_segments, read_image(pred), pred_segments)
 
     small = [[np.unique(ids, return_inverse=True)[1].reshape(ids.shape) for ids in pair]
              for pair in pairs]

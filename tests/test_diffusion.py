@@ -9,9 +9,9 @@ import torch
 from conftest import fill_by_rule, relative_error, small_config
 from diffusers import DDIMScheduler
 from ldmseg import (
-    PRESETS, Config, NoiseSchedule, build_unet, int2bits, seeded_noise, seeded_timesteps,
-    stable_seed,
+    PRESETS, Config, NoiseSchedule, build_unet, int2bits, seeded_noise, stable_seed,
 )  # fmt: skip
+from train_ldm import timesteps_of
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +353,7 @@ def test_noise_is_standard_normal_and_each_elements_own():
 
 
 def test_timesteps_of_training_are_uniform_over_the_whole_range():
-    t = seeded_timesteps([stable_seed(0, "noise", i) for i in range(5000)], "cpu")
+    t = timesteps_of([stable_seed(0, "noise", i) for i in range(5000)])
     counts = torch.histc(t.float(), 10, 0, 1000)
     assert t.min() < 5 and 994 < t.max() < 1000
     assert counts.min() > 400 and counts.max() < 600

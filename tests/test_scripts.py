@@ -14,7 +14,7 @@ import train_ae
 import train_ldm
 from conftest import REPO, SCENES, TINY, ae_command, ldm_command, write_split
 from ldmseg import (
-    load_autoencoder, load_model, read_image, read_weights, rgb2id, run_script, save_weights,
+    MaskAutoencoder, load_model, read_image, rgb2id, run_script, save_weights,
 )  # fmt: skip
 from PIL import Image
 
@@ -22,7 +22,7 @@ ON_CPU = ["--device", "cpu", "--workers", "0"]
 
 
 def weights_of(run):
-    return read_weights(run)[2]
+    return load_model(run).state_dict()
 
 
 def assert_same_tensors(one, other):
@@ -60,11 +60,25 @@ def test_a_resumed_run_equals_one_without_a_break(tmp_path, data, tiny_run, stag
 
 def test_stage_2_does_not_resume_with_another_autoencoder(complaint, tmp_path, data, tiny_run):
     other = shutil.copytree(tiny_run.ae, tmp_path / "ae")
-    autoencoder, config = load_autoencoder(other)
+    autoencoder = load_model(other)
     autoencoder.encoder[0].bias.data += 1
-    save_weights(other / "model.safetensors", autoencoder, config, 2)
+    save_weights(other / "model.safetensors", autoencoder, autoencoder.config, 2)
     line = complaint(train_ldm.main, [*ldm_command(data, other, tiny_run.ldm), "--steps", "4"])
     assert "its run has --ae with checksum" in line
+
+
+@pytest.mark.parametrize("stage", ["ae", "ldm"])
+def test_the_gradient_is_clipped(data, tiny_run, tmp_path, stage):
+    """Clipped to a norm of 0 and without weight decay, two steps leave the weights as after one."""
+    runs = []
+    for steps in ("1", "2"):
+        out = tmp_path / steps
+        command = ae_command(data, out, f"{stage}_clip=0", "weight_decay=0")
+        if stage == "ldm":
+            command = [*command, "--ae", str(tiny_run.ae)]
+        {"ae": train_ae.main, "ldm": train_ldm.main}[stage]([*command, "--steps", steps])
+        runs.append(weights_of(out))
+    assert_same_tensors(*runs)
 
 
 def test_weights_that_are_not_finite_are_not_saved(complaint, data, tmp_path):
@@ -97,7 +111,7 @@ def test_fresh_starts_over(tmp_path, data, tiny_run):
     again = tmp_path / "again"
     shutil.copytree(tiny_run.ae, again)
     train_ae.main([*ae_command(data, again), "--fresh", "--seed", "5"])
-    assert read_weights(again)[0] == "MaskAutoencoder"
+    assert isinstance(load_model(again), MaskAutoencoder)
     first = weights_of(tiny_run.ae)
     assert any(not torch.equal(first[k], v) for k, v in weights_of(again).items())
     assert len((again / "log.jsonl").read_text().splitlines()) == 2
@@ -291,7 +305,7 @@ DAMAGE = {
     "no mask": (lambda root: (root / MASKS / "train1.png").unlink(),
                 f"{MASKS}/train1.png: no such"),
     "truncated mask": (lambda root: truncate(root / MASKS / "train1.png"),
-                       f"{MASKS}/train1.png: not a readable PNG"),
+                       f"{MASKS}/train1.png: not a readable image"),
     "mask of another size": (lambda root: crop(root / MASKS / "train1.png"),
                              f"{MASKS}/train1.png: (20, 20) pixels, expected (48, 33)"),
     "id unknown to the JSON": (lambda root: repaint(root, 5, 77),
@@ -380,7 +394,7 @@ def test_a_diverging_run_stops_and_leaves_the_last_checkpoint(complaint, data, t
     assert "loss is nan" in line or "loss is inf" in line
     assert (run / "checkpoint.pt").read_bytes() == before
     assert_same_tensors(weights_of(run), weights_of(tiny_run.ae))
-    load_autoencoder(run)
+    load_model(run)
 
 
 @pytest.mark.parametrize("run, flags, message", [
@@ -418,7 +432,7 @@ def test_a_bad_flag_of_sample_is_named_in_one_line(complaint, tiny_run, tmp_path
 
 def test_sampling_from_an_autoencoder_is_an_error(complaint, tiny_run, tmp_path):
     line = complaint(sample.main, sample_command(tiny_run.ae, tmp_path / "out"))
-    assert f"{tiny_run.ae}: holds a MaskAutoencoder, expected the weights of train_ldm.py" in line
+    assert f"{tiny_run.ae}: holds a MaskAutoencoder, expected a LDMSeg" in line
 
 
 def test_a_file_that_holds_no_weights_is_named(complaint, tmp_path):

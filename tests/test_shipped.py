@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ldmseg import (
-    SHIPPED, PanopticQuality, ShapeScenes, evaluate_pq, int2bits, load_autoencoder, load_model,
+    SHIPPED, PanopticQuality, ShapeScenes, evaluate_pq, int2bits, load_model,
 )  # fmt: skip
 
 
@@ -18,7 +18,9 @@ def test_the_shipped_weights_are_small(model):
 
 
 def test_the_shipped_autoencoder_reconstructs_scenes():
-    autoencoder, config = load_autoencoder(SHIPPED)
+    autoencoder = load_model(SHIPPED).autoencoder
+    config = autoencoder.config
+
     def reconstruct(batch):
         return autoencoder(int2bits(batch["ids"], config.bits))
 

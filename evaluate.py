@@ -21,8 +21,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ldmseg import (
-    PanopticQuality, base_parser, default_weights, evaluate_pq, int2bits, is_main, load_model,
-    open_dataset, progress, rank_and_world, read_image, read_panoptic, run_script,
+    PanopticQuality, base_parser, default_weights, evaluate_pq, is_main, load_model, open_dataset,
+    progress, rank_and_world, read_image, read_panoptic, run_script,
     setup_distributed, write_json,
 )  # fmt: skip
 
@@ -179,7 +179,7 @@ def score_weights(args):
         print(f"{path} on {images} images of {args.data}, class-agnostic, mask_threshold "
               f"{config.mask_threshold}, min_area {min_area}")
         print(f"{'':>12}  PQ      SQ      RQ      s/image")
-    ceiling = score("autoencoder", lambda batch: autoencoder(int2bits(batch["ids"], config.bits)))
+    ceiling = score("autoencoder", lambda batch: autoencoder.reconstruct(batch["ids"]))
     sweep = [score(f"{n} steps", partial(sample, steps=n)) | {"steps": n}
              for n in (args.steps if model else ())]
     result = {"sweep": sweep} if len(sweep) > 1 else (sweep or [ceiling])[0]

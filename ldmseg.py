@@ -59,10 +59,13 @@ class Config:
     # data and mask codes
     size: int = 64  # images and masks are resized to a square of this many pixels
     bits: int = 4  # N = 2 ** bits ids, VOID included
+    codes: str = "bit"  # how ids are written: "bit", "colour" or "positional" (Table S1)
     min_segment: int = 10  # smaller segments (pixels, after resizing) are VOID in training
     # stage 1: autoencoder
     ae_widths: tuple = (16, 32, 64, 128)  # channels at 1/1, 1/2, 1/4, 1/8 resolution
     latent_channels: int = 4
+    latents: str = "deterministic"  # or "gaussian": mean and variance, sampled in training
+    kl_weight: float = 0.0  # of Gaussian latents' divergence from a standard Gaussian (Fig. 8)
     points: int = 410  # points where the losses are computed, per image and per segment
     ae_steps: int = 1650
     ae_batch: int = 32
@@ -98,6 +101,7 @@ class Config:
     def __post_init__(self):
         positive, cell = range(1, 10**9), 8 * 2 ** (len(self.unet_widths) - 1)
         allowed = dict(
+            codes=("bit", "colour", "positional"), latents=("deterministic", "gaussian"),
             prediction=("eps", "v"), loss_weights=("paper", "released", "none"),
             lr_schedule=("constant", "cosine"), image_encoder=("patch",), bits=range(1, 11),
             size=range(cell, 10**9, cell), points=positive, ae_steps=positive, ae_batch=positive,
@@ -171,6 +175,25 @@ def bits2int(bits):
     return ((bits > 0).long() << shifts).sum(1)
 
 
+def code_table(config):
+    """The code of every id, float (N, C) in [-1, 1], VOID all zeros: the rows of Table S1.
+
+    "bit": `int2bits`, C = bits; "colour": N equidistant points of the RGB cube, C = 3;
+    "positional": sines and cosines of NeRF at 4 frequencies, C = 8.
+    """
+    ids = torch.arange(config.num_ids, device="cpu")
+    if config.codes == "bit":
+        return int2bits(ids.view(1, 1, -1), config.bits)[0, :, 0].T
+    if config.codes == "colour":
+        levels = math.ceil(config.num_ids ** (1 / 3) - 1e-9)  # per channel
+        place = ids * levels**3 // config.num_ids
+        table = torch.stack([place // levels**i % levels for i in range(3)], 1) * 2 / (levels - 1) - 1
+    else:
+        angle = (2 * ids / (config.num_ids - 1) - 1)[:, None] * math.pi * 2.0 ** torch.arange(4)
+        table = torch.cat([angle.sin(), angle.cos()], 1)
+    return table * (ids != VOID)[:, None]
+
+
 def random_relabel(ids, num_ids, generator=None):
     """Give the segments of one map random distinct ids in [1, num_ids - 1]; VOID stays VOID.
 
@@ -199,17 +222,21 @@ def conv3x3(c_in, c_out, stride=1):
 
 
 class MaskAutoencoder(nn.Module):
-    """Compresses mask codes by 8 with three strided convolutions; decodes to N classes at H/2."""
+    """Compresses mask codes by 8 with three strided convolutions; decodes to N classes at H/2.
+
+    Latents are deterministic by default; Gaussian ones are the ablation of Fig. 8.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         widths, width = config.ae_widths, config.ae_widths[-1]
-        encoder = [conv3x3(config.bits, widths[0]), nn.SiLU()]
+        self.register_buffer("codes", code_table(config), persistent=False)
+        encoder = [conv3x3(self.codes.shape[1], widths[0]), nn.SiLU()]
         for c_in, c_out in zip(widths, widths[1:]):
             encoder += [conv3x3(c_in, c_in), conv3x3(c_in, c_out, stride=2), nn.SiLU()]
         encoder += [conv3x3(width, width), nn.GroupNorm(32, width, eps=1e-6), nn.SiLU(),
-                    conv3x3(width, config.latent_channels)]
+                    conv3x3(width, config.latent_channels * (1 + (config.latents == "gaussian")))]
         decoder = [conv3x3(config.latent_channels, width)]
         for _ in range(2):
             decoder += [nn.ConvTranspose2d(width, width, 2, stride=2),
@@ -217,16 +244,31 @@ class MaskAutoencoder(nn.Module):
         decoder += [nn.GroupNorm(32, width, eps=1e-5), nn.SiLU(), conv3x3(width, config.num_ids)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
 
+    def code(self, ids):
+        """ids int64 (B, H, W) in [0, N - 1] -> codes (B, C, H, W)."""
+        return F.embedding(ids, self.codes).permute(0, 3, 1, 2)
+
     def encode(self, codes):
-        """codes (B, bits, H, W) -> latents (B, 4, h, w), unscaled."""
-        return self.encoder(codes)
+        """codes (B, C, H, W) -> mean latents (B, 4, h, w), unscaled."""
+        return self.encoder(codes)[:, : self.config.latent_channels]
 
     def decode(self, z):
         """latents (B, 4, h, w), unscaled -> logits (B, N, H/2, W/2)."""
         return self.decoder(z)
 
-    def forward(self, codes):
-        return self.decode(self.encode(codes))
+    def reconstruct(self, ids):
+        """ids int64 (B, H, W) -> logits (B, N, H/2, W/2)."""
+        return self.decode(self.encode(self.code(ids)))
+
+    def forward(self, ids, eps):
+        """Training: logits (B, N, H/2, W/2), and the KL divergence of Gaussian latents, which are
+        mean + deviation * eps (summed over C, h, w, mean over B); 0 if deterministic."""
+        if self.config.latents == "deterministic":
+            return self.reconstruct(ids), torch.zeros((), device=ids.device)
+        mean, log_variance = self.encoder(self.code(ids)).float().chunk(2, 1)
+        log_variance = log_variance.clamp(-30, 20)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
+        return self.decode(mean + (0.5 * log_variance).exp() * eps), kl
 
 
 # ---- 4. Autoencoder losses: cross-entropy, BCE and Dice at uncertain points (Sec. 3.1, Eq. 2) --
@@ -470,7 +512,7 @@ class LDMSeg(nn.Module):
     @torch.no_grad()
     def encode_mask(self, ids):
         """ids int64 (B, H, W) -> mask latents (B, 4, h, w), scaled."""
-        z = self.autoencoder.encode(int2bits(ids, self.config.bits)).float()
+        z = self.autoencoder.encode(self.autoencoder.code(ids)).float()
         return z * self.config.mask_scale
 
     def decode_mask(self, z):

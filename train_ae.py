@@ -10,37 +10,51 @@ a picture per evaluation (mask | reconstruction) in the run folder.
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    MaskAutoencoder, Meter, TrainingStream, ae_loss, candidate_coords, colorize, evaluate_pq,
-    int2bits, is_main, learning_rate, log_line, make_ema, make_optimizer, progress, resume_run,
-    run_script, run_settings, save_grid, save_run, setup_distributed, training_config,
-    training_data, training_loader, training_parser,
+    MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, candidate_coords, colorize,
+    evaluate_pq, is_main, learning_rate, log_line, make_ema, make_optimizer, postprocess, progress,
+    resume_run, run_script, run_settings, save_grid, save_run, seeded_noise, setup_distributed,
+    training_config, training_data, training_loader, training_parser,
 )  # fmt: skip
 
 
 @torch.no_grad()
-def latent_std(autoencoder, stream, config, device, count=128):
+def latent_std(autoencoder, stream, device, count=128):
     """Standard deviation of the latents of the stream's first `count` samples."""
     latents = []
     for first in range(0, count, 16):
         ids = torch.stack([stream[i]["ids"] for i in range(first, first + 16)]).to(device)
-        latents.append(autoencoder.encode(int2bits(ids, config.bits)))
+        latents.append(autoencoder.encode(autoencoder.code(ids)))
     return torch.cat(latents).std().item()
 
 
 def evaluate(autoencoder, val, config, device, args):
-    """Reconstruction PQ (no area filter), and rows of pictures: mask | reconstruction."""
+    """Reconstruction PQ (no area filter) and mIoU (Table S1), and rows of pictures.
+
+    mIoU is over the N - 1 random ids that the autoencoder was given, at its own resolution.
+    """
+    by_id = PanopticQuality([{"id": i, "isthing": 1} for i in range(1, config.num_ids)])
+
     def reconstruct(batch):
-        return autoencoder(int2bits(batch["ids"], config.bits))
+        logits = autoencoder.reconstruct(batch["ids"])
+        for truth, one in zip(batch["ids"].cpu().numpy(), logits):
+            ids = postprocess(one, truth.shape, 0, 0).cpu().numpy()
+            listed = [[{"id": i, "category_id": i} for i in np.unique(m).tolist() if i]
+                      for m in (truth, ids)]
+            by_id.update(truth, listed[0], ids, listed[1])
+        return logits
 
     options = dict(limit=args.limit or 200, workers=args.workers, seed=args.seed, pictures=8)
     result, kept = evaluate_pq(reconstruct, val, config, device, min_area=0, **options)
-    return result["All"], [[colorize(record["ids"]), colorize(ids)] for record, ids in kept]
+    by_id.all_reduce(device)
+    rows = [[colorize(record["ids"]), colorize(ids)] for record, ids in kept]
+    return result["All"] | {"miou": by_id.compute()["miou"]}, rows
 
 
 def main(argv=None):
@@ -70,11 +84,13 @@ def main(argv=None):
             batch = next(batches)
             ids = batch["ids"].to(device, non_blocking=True)
             coords = candidate_coords(batch["seed"], config.points, device)
+            eps = seeded_noise(batch["seed"], config, device)
             with autocast():
-                logits = net(int2bits(ids, config.bits))  # (B, N, H/2, W/2)
+                logits, kl = net(ids, eps)  # (B, N, H/2, W/2)
                 loss, parts = ae_loss(logits, ids, coords, config.points)
+                loss = loss + config.kl_weight * kl
             scaler.scale(loss / args.accumulate).backward()
-            meter.add(len(ids), loss=loss, **parts)
+            meter.add(len(ids), loss=loss, kl=kl, **parts)
         lr = learning_rate(step, steps, config.ae_lr, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -94,9 +110,9 @@ def main(argv=None):
             averaged = ema.module.eval()
             scores, rows = evaluate(averaged, val, config, device, args)
             if is_main():
-                std = latent_std(averaged, stream, config, device)
+                std = latent_std(averaged, stream, device)
                 log_line(args.out, step=done, reconstruction_pq=scores["pq"], sq=scores["sq"],
-                         rq=scores["rq"], latent_std=std)
+                         rq=scores["rq"], miou=scores["miou"], latent_std=std)
                 measured = replace(config, mask_scale=config.mask_scale or config.mask_std / std)
                 save_grid(f"{args.out}/step{done:06d}.png", ["truth", "reconstruction"], rows)
                 save_run(args.out, done, averaged, measured, settings, state)

@@ -42,7 +42,7 @@ def inherit_autoencoder(config, ae_config, path, assignments):
 
     Raises ValueError where the two sizes differ or --set asks for another autoencoder.
     """
-    names = ("bits", "ae_widths", "latent_channels")
+    names = ("bits", "codes", "ae_widths", "latent_channels", "latents")
     scale = config.mask_scale or ae_config.mask_scale * config.mask_std / ae_config.mask_std
     inherited = replace(config, mask_scale=scale, **{n: getattr(ae_config, n) for n in names})
     chosen = override(inherited, assignments)

@@ -116,15 +116,14 @@ def test_a_tiny_autoencoder_overfits_one_mask():
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=3e-3)
     ids = torch.ones(1, 32, 32, dtype=torch.long)
     ids[:, 16:], ids[:, 4:20, 6:18], ids[:, 24:, 20:] = 2, 5, 7
-    codes = int2bits(ids, 3)
     for step in range(150):
         coords = candidate_coords([step], 200, "cpu")
-        loss, _ = ae_loss(autoencoder(codes), ids, coords, 200)
+        loss, _ = ae_loss(autoencoder.reconstruct(ids), ids, coords, 200)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        result = postprocess(autoencoder(codes)[0], (32, 32), mask_threshold=0, min_area=0)
+        result = postprocess(autoencoder.reconstruct(ids)[0], (32, 32), mask_threshold=0, min_area=0)
     assert (result == ids[0]).float().mean() > 0.99
 
 

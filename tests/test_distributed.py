@@ -50,7 +50,7 @@ def gradients(rank, world):
     nets = autoencoder, model
     if world > 1:
         nets = [DistributedDataParallel(net) for net in nets]
-    ldmseg.ae_loss(nets[0](ldmseg.int2bits(ids, 3)), ids, coords, 40)[0].backward()
+    ldmseg.ae_loss(nets[0](ids, None)[0], ids, coords, 40)[0].backward()
     nets[1](image, ids, eps, t, True).backward()
     return {f"{type(net).__name__}.{name}": p.grad for net in (autoencoder, model)
             for name, p in net.named_parameters() if p.requires_grad}  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ldmseg import (
-    SHIPPED, PanopticQuality, ShapeScenes, evaluate_pq, int2bits, load_model,
+    SHIPPED, PanopticQuality, ShapeScenes, evaluate_pq, load_model,
 )  # fmt: skip
 
 
@@ -22,7 +22,7 @@ def test_the_shipped_autoencoder_reconstructs_scenes():
     config = autoencoder.config
 
     def reconstruct(batch):
-        return autoencoder(int2bits(batch["ids"], config.bits))
+        return autoencoder.reconstruct(batch["ids"])
 
     scenes = ShapeScenes("val", config.size)
     result, _ = evaluate_pq(reconstruct, scenes, config, torch.device("cpu"), 0, limit=48)

@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -78,7 +79,9 @@ class Config:
     prediction: str = "v"  # what the UNet predicts: "eps" (paper) or "v"
     loss_weights: str = "paper"  # over the timesteps: "paper", "released" or "none"
     self_condition: float = 0.5  # share of the training steps with self-conditioning
-    image_encoder: str = "patch"
+    image_encoder: str = "patch"  # or, pretrained and frozen, "sd" (paper) or "dinov2"
+    dinov2: str = "facebook/dinov2-base"  # folder or hub id
+    encoder_json: str = ""  # architecture of a pretrained image encoder, filled in when loaded
     stem_widths: tuple = (32, 64, 128)  # trainable image stem: channels at 1/2, 1/4, 1/8
     unet_widths: tuple = (96, 128)
     unet_attention: tuple = (1, 1)  # 1: self-attention at this level
@@ -88,6 +91,10 @@ class Config:
     ldm_batch: int = 16
     ldm_lr: float = 5e-4
     ldm_clip: float = 1.0
+    freeze_time: int = 0  # 1: pretrained time embedding stays as it is, as the authors released
+    checkpointing: int = 0  # 1: recompute activations in the backward pass: less memory
+    compile: int = 0  # 1: torch.compile the UNet
+    zero: int = 0  # 1: each process keeps a part of the optimizer's state (ZeRO stage 1)
     eval_steps: int = 20  # sampling steps of the evaluations during training
     # both stages
     warmup: int = 200  # steps
@@ -103,7 +110,7 @@ class Config:
         allowed = dict(
             codes=("bit", "colour", "positional"), latents=("deterministic", "gaussian"),
             prediction=("eps", "v"), loss_weights=("paper", "released", "none"),
-            lr_schedule=("constant", "cosine"), image_encoder=("patch",), bits=range(1, 11),
+            lr_schedule=("constant", "cosine"), image_encoder=("patch", "sd", "dinov2"), bits=range(1, 11),
             size=range(cell, 10**9, cell), points=positive, ae_steps=positive, ae_batch=positive,
             ldm_steps=positive, ldm_batch=positive, eval_steps=range(1, 1001),
             latent_channels=positive,
@@ -123,7 +130,7 @@ PRESETS = {
     "paper": Config(
         preset="paper", size=512, bits=7, ae_widths=(32, 64, 128, 256), points=12544,
         ae_steps=60_000, ae_batch=16, ae_lr=1e-4, mask_scale=0.18215, image_scale=0.18215,
-        prediction="eps", unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0),
+        prediction="eps", image_encoder="sd", freeze_time=1, unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0),
         unet_layers=2, unet_heads=8, ldm_steps=200_000, ldm_batch=256, ldm_lr=1e-4, min_area=512,
     ),
 }  # fmt: skip
@@ -437,13 +444,14 @@ def seeded_noise(seeds, config, device):
     return torch.stack(noise).to(device)
 
 
-# ---- 6. The UNet on concatenated latents and the image encoder (Sec. 3.2) ----------------------
+# ---- 6. The UNet on concatenated latents, the image encoders, Stable Diffusion (Sec. 3.2) -------
 
 
-def build_unet(config, image_channels):
-    """Stable Diffusion's UNet over [z_t, z_image, x0_previous], cross-attention removed.
+def build_unet(config, image_channels, cross_attention=0):
+    """Stable Diffusion's UNet over [z_t, z_image, x0_previous], random weights.
 
-    Input (B, 4 + image_channels + 4, h, w), output (B, 4, h, w). Random weights.
+    Input (B, 4 + image_channels + 4, h, w), output (B, 4, h, w). cross_attention: width of the
+    embeddings that it attends to; 0: nothing feeds cross-attention, which is then removed.
     """
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention import BasicTransformerBlock
@@ -459,34 +467,120 @@ def build_unet(config, image_channels):
         down_block_types=down,
         up_block_types=up,
         attention_head_dim=config.unet_heads,  # diffusers' name; in this class, the heads' number
-        cross_attention_dim=32,  # of the layers removed below
+        cross_attention_dim=cross_attention or 32,  # 32: of the layers removed below
     )
     for module in unet.modules():
-        if isinstance(module, BasicTransformerBlock):
+        if isinstance(module, BasicTransformerBlock) and not cross_attention:
             module.attn2 = module.norm2 = None
     nn.init.zeros_(unet.conv_out.weight)
     return unet
 
 
-class ImageEncoder(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> image latents (B, channels, h, w).
+def from_pretrained(kind, path, subfolder=""):
+    """A diffusers or transformers model of class `kind` from a folder or the hub, in float32."""
+    if Path(path).is_dir() and not Path(path, subfolder, "config.json").exists():
+        raise FileNotFoundError(f"{path}: no {Path(subfolder, 'config.json')}, expected the folder "
+                                f"of a pretrained {kind.__name__}")
+    try:
+        return kind.from_pretrained(path, subfolder=subfolder).float()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: no {kind.__name__} could be loaded from this folder or hub id "
+                         f"({str(error).splitlines()[0]})") from None
 
-    NOTE: paper: Stable Diffusion's frozen encoder; here, "patch": a convolutional stem trained
-    together with the UNet, because it needs no pretrained weights.
+
+def load_sd_unet(unet, path):
+    """Copy the weights of a Stable Diffusion v1 folder or hub id into a UNet of `build_unet`.
+
+    The kernel of `conv_in` goes to z_t; all other input channels start at zero, so that at first
+    the output is that of Stable Diffusion's own UNet, whatever the image.
+    Raises ValueError naming what differs, e.g. for Stable Diffusion v2 or XL.
+    """
+    from diffusers import UNet2DConditionModel
+
+    pretrained = from_pretrained(UNet2DConditionModel, path, "unet")
+    expected = dict(unet.config) | {"in_channels": unet.config.out_channels}
+    for name in ("in_channels", "block_out_channels", "layers_per_block", "attention_head_dim",
+                 "down_block_types", "use_linear_projection"):
+        theirs, ours = pretrained.config[name], expected[name]
+        if theirs != ours and list(np.atleast_1d(theirs)) != list(np.atleast_1d(ours)):
+            raise ValueError(f"{path}: its UNet has {name} {theirs}, expected {ours}; "
+                             "--preset paper takes Stable Diffusion v1, not v2 or XL")
+    tensors = pretrained.state_dict()
+    others = unet.config.in_channels - pretrained.config.in_channels
+    tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, others))
+    unet.load_state_dict({name: tensors[name] for name in unet.state_dict()})
+
+
+SD_VAE = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+          "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}  # of version 1
+
+
+class ImageEncoder(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> image latents (B, channels, h, w), unscaled.
+
+    "sd" (the paper): the mean latents of Stable Diffusion's frozen encoder; "dinov2" (Table S3):
+    frozen patch tokens, one for each latent cell. Both are built as config.encoder_json says.
+    NOTE: here also "patch": a convolutional stem trained together with the UNet, because it needs
+    no pretrained weights.
     """
 
     def __init__(self, config):
         super().__init__()
-        layers, c_in = [], 3
-        for width in config.stem_widths:
-            layers += [conv3x3(c_in, width, stride=2), nn.GroupNorm(8, width), nn.SiLU(),
-                       conv3x3(width, width), nn.GroupNorm(8, width), nn.SiLU()]
-            c_in = width
-        self.channels = c_in
-        self.layers = nn.Sequential(*layers, conv3x3(c_in, c_in))
+        self.kind, self.channels = config.image_encoder, config.stem_widths[-1]
+        if self.kind == "patch":
+            layers, c_in = [], 3
+            for c in config.stem_widths:
+                layers += [conv3x3(c_in, c, stride=2), nn.GroupNorm(8, c), nn.SiLU(),
+                           conv3x3(c, c), nn.GroupNorm(8, c), nn.SiLU()]
+                c_in = c
+            self.layers = nn.Sequential(*layers, conv3x3(c_in, c_in))
+        elif self.kind == "sd":
+            from diffusers import AutoencoderKL
+
+            vae = AutoencoderKL(**json.loads(config.encoder_json))
+            self.layers = nn.Sequential(vae.encoder, vae.quant_conv).requires_grad_(False)
+            self.channels = vae.config.latent_channels
+        else:
+            from transformers import Dinov2Config, Dinov2Model
+
+            self.layers = Dinov2Model(Dinov2Config(**json.loads(config.encoder_json)))
+            self.layers.requires_grad_(False)
+            self.channels = self.layers.config.hidden_size
 
     def forward(self, image):
-        return self.layers(image)
+        if self.kind == "patch":
+            return self.layers(image)
+        kind, (h, w) = image.device.type, [side // 8 for side in image.shape[-2:]]
+        # float32 or bfloat16: float16 overflows in Stable Diffusion's encoder
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, torch.is_autocast_enabled(kind)):
+            if self.kind == "sd":
+                return self.layers(image)[:, : self.channels].float()
+            image = v2.functional.resize(image, [14 * h, 14 * w], antialias=True)
+            image = v2.functional.normalize(image / 2 + 0.5, (0.485, 0.456, 0.406),
+                                            (0.229, 0.224, 0.225))
+            tokens = self.layers(image).last_hidden_state[:, 1:]  # (B, h w, C), without CLS
+            return tokens.float().mT.unflatten(2, (h, w))
+
+
+def pretrained_encoder(config, sd):
+    """The weights of a frozen image encoder, and `config` with its architecture and scale.
+
+    sd: Stable Diffusion's folder or hub id, or "none": its architecture with random weights.
+    """
+    if config.image_encoder == "sd" and sd == "none":
+        return None, replace(config, encoder_json=json.dumps(SD_VAE))
+    if config.image_encoder == "dinov2":
+        from transformers import Dinov2Model
+
+        model = from_pretrained(Dinov2Model, config.dinov2)
+        return model.state_dict(), replace(config, encoder_json=model.config.to_json_string(),
+                                           image_scale=1.0)
+    from diffusers import AutoencoderKL
+
+    vae = from_pretrained(AutoencoderKL, sd, "vae")
+    config = replace(config, image_scale=vae.config.scaling_factor,
+                     encoder_json=json.dumps({k: v for k, v in vae.config.items() if k[0] != "_"}))
+    return nn.Sequential(vae.encoder, vae.quant_conv).state_dict(), config
 
 
 # ---- 7-8. The model: its loss (Eq. 4, Alg. 1) and its sampler (Eq. 5, Alg. 2) ------------------
@@ -561,22 +655,34 @@ class LDMSeg(nn.Module):
 
     forward = diffusion_loss  # what DDP calls
 
-    def denoise(self, z_image, noise, steps):
-        """Alg. 2: DDIM (eta 0). Yields the predicted x0 (B, 4, h, w), scaled, after each step."""
+    def denoise(self, z_image, noise, steps, eta=0.0, seeds=()):
+        """Alg. 2. Yields the predicted x0 (B, 4, h, w), scaled, after each step.
+
+        eta 0: DDIM, deterministic; eta 1: DDPM (ancestral sampling), whose noise is drawn anew in
+        each step, from one of `seeds` for each image.
+        """
         z_t, x0 = noise, torch.zeros_like(noise)
         timesteps = self.schedule.timesteps(steps)
-        for t, t_next in zip(timesteps, timesteps[1:] + [None]):
-            t = torch.full((len(noise),), t, device=noise.device)
+        for now, after in zip(timesteps, timesteps[1:] + [None]):
+            t = torch.full((len(noise),), now, device=noise.device)
             _, x0, eps = self.predict(z_t, z_image, x0, t)
             yield x0
-            if t_next is not None:  # Eq. 5: the predicted x0 with the predicted noise added back
-                z_t = self.schedule.add_noise(x0, eps, torch.full_like(t, t_next))
+            if after is None:
+                return
+            # Eq. 5: the predicted x0 with the predicted noise added back, a share of it fresh
+            alpha_bar, alpha_bar_next = self.schedule.alpha_bar[[now, after]]
+            fresh = eta * ((1 - alpha_bar_next) / (1 - alpha_bar)
+                           * (1 - alpha_bar / alpha_bar_next)).sqrt()
+            z_t = alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next - fresh**2).sqrt() * eps
+            if eta:
+                seeds = [stable_seed(int(seed), after) for seed in seeds]
+                z_t = z_t + fresh * seeded_noise(seeds, self.config, z_t.device)
 
     @torch.no_grad()
-    def sample(self, image, seeds, steps):
+    def sample(self, image, seeds, steps, eta=0.0):
         """Images (B, 3, H, W) and one noise seed each -> logits (B, N, H/2, W/2)."""
         noise = seeded_noise(seeds, self.config, image.device)
-        *_, x0 = self.denoise(self.encode_image(image), noise, steps)
+        *_, x0 = self.denoise(self.encode_image(image), noise, steps, eta, seeds)
         return self.decode_mask(x0)
 
 
@@ -1077,6 +1183,9 @@ def training_loader(stream, batch_size, accumulate, start, stop, workers):
         raise ValueError(f"batch size {batch_size}, expected a multiple of --accumulate x processes"
                          f" = {accumulate} x {world}")
     micro = batch_size // (accumulate * world)
+    if is_main():
+        print(f"{batch_size} images per step = {world} processes x {micro} images x {accumulate} "
+              "accumulated")
     firsts = range(start * batch_size + rank * micro, stop * batch_size, world * micro)
     batches = (range(first, first + micro) for first in firsts)
     return DataLoader(stream, batch_sampler=batches, num_workers=workers,
@@ -1198,12 +1307,17 @@ def progress(iterable, total, description, start=0):
                 disable=not (is_main() and sys.stderr.isatty()))
 
 
-def make_optimizer(model, lr, weight_decay):
+def make_optimizer(model, lr, config):
     """AdamW; the weight decay is Eq. 2's last term, none on norms and biases."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    options = dict(lr=lr, betas=(0.9, 0.999), fused=True)
+    if config.zero and dist.is_initialized():
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def learning_rate(step, steps, peak, config):
@@ -1285,7 +1399,14 @@ def save_weights(path, model, config, step, dtype=torch.float32):
 
 
 def save_run(out, step, model, config, settings, state):
-    """Write a run folder: checkpoint.pt to resume from; model.safetensors, config.json to use."""
+    """Write a run folder: checkpoint.pt to resume from; model.safetensors, config.json to use.
+
+    To be called on all ranks; rank 0 writes.
+    """
+    if hasattr(state["optimizer"], "consolidate_state_dict"):  # ZeRO
+        state["optimizer"].consolidate_state_dict()
+    if not is_main():
+        return
     for part in (model, state["model"]):
         if not all(torch.isfinite(p).all() for p in part.parameters()):
             raise ValueError(f"weights are not finite at step {step}: stopped, the last checkpoint "
@@ -1341,28 +1462,99 @@ def resume_run(out, settings, state, fresh):
     return checkpoint["step"]
 
 
-def load_model(path, device="cpu", kind=nn.Module):
-    """LDMSeg or MaskAutoencoder of a run folder or a weights file, in evaluation mode.
+def convert_official(parts, unet_config=None):
+    """Config and tensors, in our names, of the authors' files: {part: {key: tensor}}.
 
-    `.config` is its Config. Raises FileNotFoundError or ValueError naming the file, also where
-    the model is not of class `kind`.
+    Parts: "vae" (ae.pt), or "vae_semseg", "unet" and "vae_image" (ldmseg.pt, whose image encoder
+    is Stable Diffusion's, saved by an older diffusers). unet_config: the UNet's configuration in
+    diffusers' names (default: Stable Diffusion v1's).
     """
-    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
-    if not file.exists():
-        raise FileNotFoundError(f"{path}: no weights, expected a run folder or .safetensors file")
+    parts = {name: {k.removeprefix("module."): v for k, v in part.items()}
+             for name, part in parts.items()}
+    masks = parts["vae_semseg"] if "unet" in parts else parts["vae"]
+    channels = masks["decoder.0.weight"].shape[1]
+    gaussian = len(masks["encoder.15.bias"]) == 2 * channels
+    config = replace(
+        PRESETS["paper"], bits=masks["encoder.0.weight"].shape[1], latent_channels=channels,
+        ae_widths=tuple(len(masks[f"encoder.{i}.bias"]) for i in (0, 3, 6, 9)),
+        latents="gaussian" if gaussian else "deterministic", loss_weights="released")
+    tensors = {}
+    for key, tensor in masks.items():  # theirs has an identity at encoder.12 and at decoder.1
+        part, index, name = key.split(".")
+        shift = int(index) > {"encoder": 11, "decoder": 0}[part]
+        tensors[f"{part}.{int(index) - shift}.{name}"] = tensor
+    if "unet" not in parts:
+        return config, tensors
+    tensors = {f"autoencoder.{k}": v for k, v in tensors.items()}
+    tensors |= {f"unet.{k}": v for k, v in parts["unet"].items()}
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    for key, tensor in parts["vae_image"].items():
+        part, _, rest = key.partition(".")
+        if part != "post_quant_conv":  # the decoder's, which is not there
+            rest = ".".join(names.get(word, word) for word in rest.split("."))
+            place = {"encoder": 0, "quant_conv": 1}[part]
+            tensors[f"image_encoder.layers.{place}.{rest}"] = tensor
+    widths = [len(v) for k, v in sorted(parts["vae_image"].items())
+              if k.startswith("encoder.down_blocks") and k.endswith("resnets.0.conv1.bias")]
+    config = replace(config, encoder_json=json.dumps(SD_VAE | {"block_out_channels": widths}))
+    if unet_config:
+        config = replace(
+            config, size=8 * unet_config["sample_size"],
+            unet_widths=tuple(unet_config["block_out_channels"]),
+            unet_attention=tuple(int("Attn" in b) for b in unet_config["down_block_types"]),
+            unet_layers=unet_config["layers_per_block"],
+            unet_heads=unet_config["attention_head_dim"])
+    return config, tensors
+
+
+def load_official(path, unet_config=None):
+    """The authors' released ae.pt -> MaskAutoencoder, or ldmseg.pt -> LDMSeg.
+
+    unet_config: see `convert_official`. Raises ValueError where the file would have to run code
+    to be read, or where a tensor is missing, unknown or of another shape.
+    """
+    try:
+        parts = torch.load(path, map_location="cpu", weights_only=True)
+        config, tensors = convert_official(parts, unet_config)
+        model = (LDMSeg if "unet" in parts else MaskAutoencoder)(config)
+        model.load_state_dict(tensors)
+    except UnpicklingError:
+        raise ValueError(f"{path}: cannot be read without running code in it, which is refused; "
+                         "expected tensors only, as the authors released") from None
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not in the authors' format ({type(error).__name__}: {reason})"
+                         ) from None
+    return model
+
+
+def _load_weights(file):
     try:
         with safe_open(file, "pt") as weights:
             about = json.loads(weights.metadata()["ldmseg"])
             tensors = {k: weights.get_tensor(k).float() for k in weights.keys()}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
-        model = {"LDMSeg": LDMSeg, "MaskAutoencoder": MaskAutoencoder}[about["model"]](
-            Config(**values))
+        kind = {"LDMSeg": LDMSeg, "MaskAutoencoder": MaskAutoencoder}[about["model"]]
+        model = kind(Config(**values))
         model.load_state_dict(tensors)
+        return model
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{file}: not weights that these scripts wrote ({reason})") from None
+
+
+def load_model(path, device="cpu", kind=nn.Module):
+    """LDMSeg or MaskAutoencoder of a run folder, a weights file, or the authors' .pt files.
+
+    In evaluation mode; `.config` is its Config. Raises FileNotFoundError or ValueError naming the file, also where
+    the model is not of class `kind`.
+    """
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{path}: no weights, expected a run folder or .safetensors file")
+    model = load_official(file) if file.suffix == ".pt" else _load_weights(file)
     if not isinstance(model, kind):
-        raise ValueError(f"{path}: holds a {about['model']}, expected a {kind.__name__}")
+        raise ValueError(f"{path}: holds a {type(model).__name__}, expected a {kind.__name__}")
     return model.to(device, memory_format=torch.channels_last).eval()
 
 

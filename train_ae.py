@@ -66,7 +66,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     model = MaskAutoencoder(config).to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, config.ae_lr, config.weight_decay)
+    optimizer = make_optimizer(model, config.ae_lr, config)
     ema = make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
@@ -109,13 +109,13 @@ def main(argv=None):
         if evaluating:
             averaged = ema.module.eval()
             scores, rows = evaluate(averaged, val, config, device, args)
+            std = latent_std(averaged, stream, device)
+            log_line(args.out, step=done, reconstruction_pq=scores["pq"], sq=scores["sq"],
+                     rq=scores["rq"], miou=scores["miou"], latent_std=std)
             if is_main():
-                std = latent_std(averaged, stream, device)
-                log_line(args.out, step=done, reconstruction_pq=scores["pq"], sq=scores["sq"],
-                         rq=scores["rq"], miou=scores["miou"], latent_std=std)
-                measured = replace(config, mask_scale=config.mask_scale or config.mask_std / std)
                 save_grid(f"{args.out}/step{done:06d}.png", ["truth", "reconstruction"], rows)
-                save_run(args.out, done, averaged, measured, settings, state)
+            measured = replace(config, mask_scale=config.mask_scale or config.mask_std / std)
+            save_run(args.out, done, averaged, measured, settings, state)
             meter = Meter()  # its clock starts again
 
 

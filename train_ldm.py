@@ -19,17 +19,43 @@ from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
     LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize, default_weights, evaluate_pq, is_main,
-    learning_rate, load_model, log_line, make_ema, make_optimizer, override, progress, resume_run,
-    run_script, run_settings, save_grid, save_run, seeded_noise, setup_distributed, stable_seed,
-    training_config, training_data, training_loader, training_parser,
+    learning_rate, load_model, load_sd_unet, log_line, make_ema, make_optimizer, override,
+    pretrained_encoder, progress, resume_run, run_script, run_settings, save_grid, save_run,
+    seeded_noise, setup_distributed, stable_seed, training_config, training_data, training_loader,
+    training_parser,
 )  # fmt: skip
 
 
 def parse(argv):
     parser = training_parser(__doc__, "ldm")
-    parser.add_argument("--ae", metavar="RUN",
-                        help="stage 1's run (default: runs/ae if there, else shipped)")
+    add = parser.add_argument
+    add("--ae", metavar="RUN",
+        help="stage 1's run, or the authors' ae.pt (default: runs/ae if there, else shipped)")
+    add("--sd", metavar="DIR_OR_ID",
+        help="Stable Diffusion v1 to start from: a folder, a hub id, or none for random weights\n"
+             "(default: CompVis/stable-diffusion-v1-4 with --preset paper, else none)")
+    add("--image-encoder", choices=("patch", "sd", "dinov2"),
+        help="patch: a small stem, trained; sd, dinov2: pretrained, frozen (default: paper sd,\n"
+             "else patch); dinov2 is read from --set dinov2=DIR_OR_ID")
     return parser.parse_args(argv)
+
+
+def build_model(config, autoencoder, sd):
+    """LDMSeg with the trained autoencoder and Stable Diffusion's weights where `sd` names them."""
+    encoder_weights = None
+    if config.image_encoder != "patch":
+        encoder_weights, config = pretrained_encoder(config, sd)
+    model = LDMSeg(config)
+    model.autoencoder.load_state_dict(autoencoder.state_dict())
+    if encoder_weights:
+        model.image_encoder.layers.load_state_dict(encoder_weights)
+    if sd != "none":
+        load_sd_unet(model.unet, sd)
+        model.unet.time_embedding.requires_grad_(not config.freeze_time)
+    elif is_main() and config.preset == "paper":
+        print("--sd none: the UNet starts from RANDOM weights"
+              + ", so does the image encoder" * (config.image_encoder == "sd"))
+    return model
 
 
 def timesteps_of(seeds):
@@ -78,14 +104,15 @@ def main(argv=None):
     autoencoder = getattr(autoencoder, "autoencoder", autoencoder)  # of either stage
     ae_config = autoencoder.config
     config = inherit_autoencoder(training_config(args, "ldm"), ae_config, ae, args.set)
+    config = replace(config, image_encoder=args.image_encoder or config.image_encoder)
     train, val = training_data(args, config.size)
     stream = TrainingStream(train, config, args.seed)
 
     torch.manual_seed(args.seed)
-    model = LDMSeg(config)
-    model.autoencoder.load_state_dict(autoencoder.state_dict())
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, config.ldm_lr, config.weight_decay)
+    sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
+    model = build_model(config, autoencoder, sd).to(device, memory_format=torch.channels_last)
+    config = model.config
+    optimizer = make_optimizer(model, config.ldm_lr, config)
     ema = make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
@@ -95,6 +122,10 @@ def main(argv=None):
     if start >= steps:
         return is_main() and print(f"finished at step {start}; --fresh starts over")
     loader = training_loader(stream, config.ldm_batch, args.accumulate, start, steps, args.workers)
+    if config.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if config.compile:
+        model.unet.compile()
     net = DistributedDataParallel(model) if dist.is_initialized() else model
 
     meter, batches = Meter(), iter(loader)
@@ -135,7 +166,7 @@ def main(argv=None):
             if is_main():
                 titles = ["image", "truth", "prediction", "autoencoder alone"]
                 save_grid(f"{args.out}/step{done:06d}.png", titles, rows)
-                save_run(args.out, done, averaged, config, settings, state)
+            save_run(args.out, done, averaged, config, settings, state)
             meter = Meter()  # its clock starts again
 
 

@@ -123,7 +123,8 @@ def test_a_tiny_autoencoder_overfits_one_mask():
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        result = postprocess(autoencoder.reconstruct(ids)[0], (32, 32), mask_threshold=0, min_area=0)
+        logits = autoencoder.reconstruct(ids)[0]
+    result = postprocess(logits, (32, 32), mask_threshold=0, min_area=0)
     assert (result == ids[0]).float().mean() > 0.99
 
 

@@ -70,7 +70,7 @@ def test_weight_decay_spares_norms_and_biases():
     for p in model.parameters():
         nn.init.ones_(p)
         p.grad = torch.zeros_like(p)
-    make_optimizer(model, lr=0.5, weight_decay=0.1).step()
+    make_optimizer(model, 0.5, Config(weight_decay=0.1)).step()
     assert torch.allclose(model[0].weight, torch.tensor(0.95))
     for p in (model[0].bias, model[1].weight, model[1].bias):
         assert torch.equal(p, torch.ones(2))
@@ -78,7 +78,7 @@ def test_weight_decay_spares_norms_and_biases():
 
 def test_frozen_parameters_are_not_optimized():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-    groups = make_optimizer(model, 0.1, 0.1).param_groups
+    groups = make_optimizer(model, 0.1, Config()).param_groups
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model[0].parameters()}
 
 

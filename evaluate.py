@@ -21,8 +21,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ldmseg import (
-    PanopticQuality, base_parser, default_weights, evaluate_pq, is_main, load_model, open_dataset,
-    progress, rank_and_world, read_image, read_panoptic, run_script,
+    SAMPLERS, PanopticQuality, base_parser, default_weights, evaluate_pq, is_main, load_model,
+    open_dataset, progress, rank_and_world, read_image, read_panoptic, run_script,
     setup_distributed, write_json,
 )  # fmt: skip
 
@@ -36,6 +36,7 @@ def parse(argv):
         help="'shapes', a COCO-layout folder or a panoptic JSON (default: shapes)")
     add("--steps", type=int, nargs="+", default=[50],
         help="sampling steps; several make a table (default: 50)")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="see sample.py (default: ddim)")
     add("--min-area", type=int, metavar="PIXELS",
         help="drop smaller segments (default: the weights' own; stage 1: 0)")
     add("--gt", metavar="JSON", help="compare files, no model: the truth")
@@ -173,7 +174,7 @@ def score_weights(args):
 
     def sample(batch, steps):
         with autocast():
-            return model.sample(batch["image"], batch["seed"], steps)
+            return model.sample(batch["image"], batch["seed"], steps, SAMPLERS[args.sampler])
 
     if is_main():
         print(f"{path} on {images} images of {args.data}, class-agnostic, mask_threshold "

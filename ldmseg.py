@@ -585,6 +585,8 @@ def pretrained_encoder(config, sd):
 
 # ---- 7-8. The model: its loss (Eq. 4, Alg. 1) and its sampler (Eq. 5, Alg. 2) ------------------
 
+SAMPLERS = {"ddim": 0.0, "ddpm": 1.0}  # the value of eta
+
 
 class LDMSeg(nn.Module):
     """The frozen mask autoencoder, and the image encoder and UNet that stage 2 trains."""
@@ -658,8 +660,8 @@ class LDMSeg(nn.Module):
     def denoise(self, z_image, noise, steps, eta=0.0, seeds=()):
         """Alg. 2. Yields the predicted x0 (B, 4, h, w), scaled, after each step.
 
-        eta 0: DDIM, deterministic; eta 1: DDPM (ancestral sampling), whose noise is drawn anew in
-        each step, from one of `seeds` for each image.
+        eta 0: DDIM, deterministic; eta 1: DDPM (ancestral sampling), which draws fresh noise in
+        each step, an image's from its seed.
         """
         z_t, x0 = noise, torch.zeros_like(noise)
         timesteps = self.schedule.timesteps(steps)
@@ -748,8 +750,7 @@ class PanopticQuality:
         pixels, because the two can differ. Raises ValueError for shapes or ids that do not fit.
         """
         overlap = self._joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments)
-        gt = np.array([self._row(s) for s in gt_segments], int)
-        pred = np.array([self._row(s) for s in pred_segments], int)
+        gt, pred = self._rows(gt_segments), self._rows(pred_segments)
         crowd = np.array([bool(s.get("iscrowd")) for s in gt_segments], bool)
         both, void, gt_area = overlap[2:, 2:], overlap[1, 2:], overlap[2:].sum(1)
         area = overlap[:, 2:].sum(0)
@@ -769,11 +770,12 @@ class PanopticQuality:
         listed = [s.get("area", a) for s, a in zip(gt_segments, gt_area)]
         self.odd += (listed != gt_area).sum(), overlap[0].sum()
 
-    def _row(self, segment):
-        category = 1 if self.class_agnostic else segment["category_id"]
-        if category not in self.row:
-            raise ValueError(f"segment {segment['id']} has unknown category {category}")
-        return self.row[category]
+    def _rows(self, segments):
+        try:
+            return np.array([self.row[1 if self.class_agnostic else s["category_id"]]
+                             for s in segments], int)
+        except KeyError as error:
+            raise ValueError(f"a segment has unknown category {error}") from None
 
     @staticmethod
     def _joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
@@ -1007,25 +1009,21 @@ def read_image(path):
         raise ValueError(f"{path}: not a readable image ({reason}); replace the file") from None
 
 
-def _panoptic_problems(data, categories):
+def _panoptic_problems(data, known):
     """What is wrong with the content of a panoptic JSON, one sentence after the other."""
     images = Counter(a["image_id"] for a in data["annotations"])
-    if len({c["id"] for c in categories}) < len(categories):
-        yield "repeated category ids, expected each once"
-    known = {c["id"] for c in categories}
+    if len(set(known)) < len(known):
+        yield f"category ids {known}, expected each once"
     for annotation in data["annotations"]:
-        image, name = f"image {annotation['image_id']}", annotation["file_name"]
+        where = f"image {annotation['image_id']} ({annotation['file_name']})"
         if images[annotation["image_id"]] > 1:
-            yield f"{image} ({name}) is annotated {images[annotation['image_id']]} times, not once"
+            yield f"{where} is annotated {images[annotation['image_id']]} times, expected once"
         ids = Counter(s["id"] for s in annotation["segments_info"])
-        for segment in annotation["segments_info"]:
-            id, category = segment["id"], segment["category_id"]
-            if not (isinstance(id, int) and VOID < id < 2**24):
-                yield f"{image} has segment id {id!r}, expected 1 to 2^24 - 1"
-            if ids[id] > 1:
-                yield f"{image} lists segment {id} {ids[id]} times, expected once"
+        for id, category in ((s["id"], s["category_id"]) for s in annotation["segments_info"]):
+            if not (isinstance(id, int) and VOID < id < 2**24) or ids[id] > 1:
+                yield f"{where} lists segment {id!r} {ids[id]} times, expected 1..2^24-1, each once"
             if known and category not in known:
-                yield f"{image}, segment {id} has category {category}, expected one of {known}"
+                yield f"{where}, segment {id} has category {category}, expected one of {known}"
 
 
 def read_panoptic(path, categories=None):
@@ -1037,13 +1035,12 @@ def read_panoptic(path, categories=None):
     try:
         data = json.loads(Path(path).read_text())
         categories = data["categories"] if categories is None else categories
-        problem = next(_panoptic_problems(data, categories), None)
+        problem = next(_panoptic_problems(data, [c["id"] for c in categories]), None)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotation file") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected COCO panoptic JSON (categories; annotations of "
-                         "image_id, file_name and segments_info with id and category_id), got "
-                         f"{type(error).__name__}: {error}") from None
+        problem = ("expected COCO panoptic JSON (categories; annotations of image_id, file_name and "
+                   f"segments_info with id and category_id), got {type(error).__name__}: {error}")
     if problem:
         raise ValueError(f"{path}: {problem}")
     return data
@@ -1080,9 +1077,8 @@ class PanopticDataset(Dataset):
 
     def __getitem__(self, index):
         file_name, annotation = self.records[index]
-        image, mask_path = (read_image(self.image_dir / file_name),
-                            self.mask_dir / annotation["file_name"])
-        ids, segments = rgb2id(read_image(mask_path)), annotation["segments_info"]
+        mask_path, segments = self.mask_dir / annotation["file_name"], annotation["segments_info"]
+        image, ids = read_image(self.image_dir / file_name), rgb2id(read_image(mask_path))
         if ids.shape != image.shape[:2]:
             raise ValueError(f"{mask_path}: {ids.shape} pixels, expected {image.shape[:2]} like "
                              f"its image {file_name}")

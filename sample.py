@@ -17,14 +17,13 @@ import torch
 import torch.distributed as dist
 
 from ldmseg import (
-    LDMSeg, ShapeScenes, base_parser, colorize, default_weights, id2rgb, is_main, load_model,
-    open_dataset, overlay, postprocess, predict_dataset, prepare, rank_and_world, read_image,
-    run_script, save_grid, seeded_noise, segments_of, setup_distributed, stable_seed,
+    SAMPLERS, LDMSeg, ShapeScenes, base_parser, colorize, default_weights, id2rgb, is_main,
+    load_model, open_dataset, overlay, postprocess, predict_dataset, prepare, rank_and_world,
+    read_image, run_script, save_grid, seeded_noise, segments_of, setup_distributed, stable_seed,
     write_json, write_png,
 )  # fmt: skip
 
 SHOWN = (1, 5, 10, 20, 50)
-ETA = {"ddim": 0.0, "ddpm": 1.0}
 
 
 class ImageFiles(list):
@@ -45,7 +44,7 @@ def parse(argv):
     add("--weights", metavar="RUN", 
         help="run folder or weights file (default: runs/ldm if there, else shipped)")
     add("--steps", type=int, default=50, help="denoising steps (default: 50)")
-    add("--sampler", choices=("ddim", "ddpm"), default="ddim",
+    add("--sampler", choices=SAMPLERS, default="ddim",
         help="ddim: deterministic given its first noise; ddpm: fresh noise in each step")
     add("--out", default="runs/sample", help="output folder (default: %(default)s)")
     return parser.parse_args(argv)
@@ -88,7 +87,7 @@ def draw_denoising(model, records, args, device, path):
     noise = seeded_noise(seeds, model.config, device)
     rows = [[r["image"]] for r in records]
     for step, x0 in enumerate(model.denoise(
-            model.encode_image(image), noise, args.steps, ETA[args.sampler], seeds), start=1):
+            model.encode_image(image), noise, args.steps, SAMPLERS[args.sampler], seeds), start=1):
         if step in SHOWN or step == args.steps:
             for row, logits in zip(rows, model.decode_mask(x0)):
                 row.append(colorize(segment(logits, row[0].shape[:2], model.config)))
@@ -102,7 +101,7 @@ def draw_noises(model, records, args, device, path):
     rows = [[r["image"]] for r in records]
     for noise in (0, 1):
         seeds = [stable_seed(args.seed, "noise", noise)] * len(records)
-        logits = model.sample(image, seeds, args.steps, ETA[args.sampler])
+        logits = model.sample(image, seeds, args.steps, SAMPLERS[args.sampler])
         for row, one in zip(rows, logits):
             row.append(colorize(segment(one, row[0].shape[:2], model.config)))
     save_grid(path, ["image", "noise 1", "noise 2"], rows)
@@ -122,7 +121,7 @@ def main(argv=None):
 
     def sample(batch):
         with autocast():
-            return model.sample(batch["image"], batch["seed"], args.steps, ETA[args.sampler])
+            return model.sample(batch["image"], batch["seed"], args.steps, SAMPLERS[args.sampler])
 
     annotations, rows, first = [], [], []
     options = dict(seed=args.seed, workers=args.workers, limit=limit)

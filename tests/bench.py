@@ -1,7 +1,8 @@
-"""Speed, run by hand: python tests/bench.py scenes | pq
+"""Speed, run by hand: python tests/bench.py scenes | pq | paper
 
 scenes  generated scenes per second in one process, at 64 and 256 pixels
 pq      Panoptic Quality of 640x480 pairs with 12 segments: times and their ratios, one thread
+paper   one training step of each stage at the paper's size, random weights: time, peak memory
 """
 
 import json
@@ -11,19 +12,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
-    os.environ[name] = "1"
+if sys.argv[1:] == ["pq"]:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ[name] = "1"
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from scipy import ndimage  # noqa: E402
+from torch import nn  # noqa: E402
 from torchvision.io import decode_png, read_file  # noqa: E402
 
-from ldmseg import PanopticQuality, ShapeScenes, id2rgb, read_image, segments_of  # noqa: E402
+from ldmseg import (  # noqa: E402
+    PRESETS, SD_VAE, LDMSeg, MaskAutoencoder, PanopticQuality, ShapeScenes, ae_loss,
+    candidate_coords, id2rgb, make_optimizer, read_image, segments_of,
+)  # fmt: skip
 
 
 def scenes():
@@ -156,8 +164,55 @@ def _pq_command(folder):
     print(f"two workers / one: {seconds[5000, 2] / seconds[5000, 1]:.2f}")
 
 
+def paper():
+    """Each stage in a process of its own, so that its peak memory is its own."""
+    for stage in ("stage_1", "stage_2"):
+        subprocess.run([sys.executable, __file__, stage], check=True)
+
+
+def report(name, start):
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmHWM"))
+    print(f"{name}: {time.perf_counter() - start:.1f} s, peak memory "
+          f"{int(peak.split()[1]) / 2**20:.1f} GiB", flush=True)
+
+
+def stage_1():
+    config = PRESETS["paper"]
+    model = MaskAutoencoder(config).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, config.ae_lr, config)
+    blocks = torch.randint(config.num_ids, (2, 8, 8))
+    ids = blocks.repeat_interleave(config.size // 8, 1).repeat_interleave(config.size // 8, 2)
+    for step in range(2):  # the first also warms up
+        start = time.perf_counter()
+        logits, _ = model(ids, None)
+        ae_loss(logits, ids, candidate_coords([0, 1], config.points, "cpu"),
+                config.points)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        report(f"stage 1, step {step + 1}, batch 2 at 512 pixels", start)
+
+
+def stage_2():
+    config = replace(PRESETS["paper"], encoder_json=json.dumps(SD_VAE))
+    start = time.perf_counter()
+    model = LDMSeg(config)
+    nn.init.normal_(model.unet.conv_out.weight)  # a zero would stop the gradient
+    report(f"stage 2, model of {sum(p.numel() for p in model.unet.parameters()):,} UNet parameters",
+           start)
+    ids = torch.ones(1, 512, 512, dtype=torch.long)
+    image, eps = torch.randn(1, 3, 512, 512), torch.randn(1, 4, 64, 64)
+    start = time.perf_counter()
+    loss = model.diffusion_loss(image, ids, eps, torch.tensor([500]), False)
+    report("stage 2, forward, batch 1 at 512 pixels", start)
+    loss.backward()
+    report("stage 2, forward and backward", start)
+    assert all(p.grad is not None for p in model.unet.parameters())
+
+
 if __name__ == "__main__":
-    benchmarks = {"scenes": scenes, "pq": pq}
+    benchmarks = {"scenes": scenes, "pq": pq, "paper": paper, "stage_1": stage_1,
+                  "stage_2": stage_2}
     if sys.argv[1:] not in [[name] for name in benchmarks]:
         sys.exit(__doc__)
     benchmarks[sys.argv[1]]()

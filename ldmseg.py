@@ -16,6 +16,7 @@ Ids: int64 maps in [0, N-1]; 0 is VOID (unlabelled: never a target, never counte
     Eq. 3  forward process               NoiseSchedule.add_noise, inverse: .predict_x0
     Eq. 4  noise loss (Alg. 1)           LDMSeg.diffusion_loss, NoiseSchedule.weights
     Eq. 5  DDIM step (Alg. 2)            LDMSeg.denoise
+    Alg. 3 inpainting                    LDMSeg.inpaint
     Supp. A post-processing              postprocess
 """
 
@@ -110,7 +111,8 @@ class Config:
         allowed = dict(
             codes=("bit", "colour", "positional"), latents=("deterministic", "gaussian"),
             prediction=("eps", "v"), loss_weights=("paper", "released", "none"),
-            lr_schedule=("constant", "cosine"), image_encoder=("patch", "sd", "dinov2"), bits=range(1, 11),
+            lr_schedule=("constant", "cosine"), image_encoder=("patch", "sd", "dinov2"),
+            bits=range(1, 11),
             size=range(cell, 10**9, cell), points=positive, ae_steps=positive, ae_batch=positive,
             ldm_steps=positive, ldm_batch=positive, eval_steps=range(1, 1001),
             latent_channels=positive,
@@ -130,8 +132,9 @@ PRESETS = {
     "paper": Config(
         preset="paper", size=512, bits=7, ae_widths=(32, 64, 128, 256), points=12544,
         ae_steps=60_000, ae_batch=16, ae_lr=1e-4, mask_scale=0.18215, image_scale=0.18215,
-        prediction="eps", image_encoder="sd", freeze_time=1, unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0),
-        unet_layers=2, unet_heads=8, ldm_steps=200_000, ldm_batch=256, ldm_lr=1e-4, min_area=512,
+        prediction="eps", image_encoder="sd", unet_widths=(320, 640, 1280, 1280),
+        unet_attention=(1, 1, 1, 0), unet_layers=2, unet_heads=8, freeze_time=1, ldm_steps=200_000,
+        ldm_batch=256, ldm_lr=1e-4, min_area=512,
     ),
 }  # fmt: skip
 
@@ -194,7 +197,8 @@ def code_table(config):
     if config.codes == "colour":
         levels = math.ceil(config.num_ids ** (1 / 3) - 1e-9)  # per channel
         place = ids * levels**3 // config.num_ids
-        table = torch.stack([place // levels**i % levels for i in range(3)], 1) * 2 / (levels - 1) - 1
+        table = torch.stack([place // levels**i % levels for i in range(3)], 1)
+        table = table * 2 / (levels - 1) - 1
     else:
         angle = (2 * ids / (config.num_ids - 1) - 1)[:, None] * math.pi * 2.0 ** torch.arange(4)
         table = torch.cat([angle.sin(), angle.cos()], 1)
@@ -511,8 +515,8 @@ def load_sd_unet(unet, path):
     unet.load_state_dict({name: tensors[name] for name in unet.state_dict()})
 
 
-SD_VAE = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-          "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}  # of version 1
+SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,  # of version 1
+          "down_block_types": 4 * ["DownEncoderBlock2D"], "up_block_types": 4 * ["UpDecoderBlock2D"]}
 
 
 class ImageEncoder(nn.Module):
@@ -583,7 +587,7 @@ def pretrained_encoder(config, sd):
     return nn.Sequential(vae.encoder, vae.quant_conv).state_dict(), config
 
 
-# ---- 7-8. The model: its loss (Eq. 4, Alg. 1) and its sampler (Eq. 5, Alg. 2) ------------------
+# ---- 7-9. The model: its loss (Eq. 4, Alg. 1), sampling (Eq. 5, Alg. 2), inpainting (Alg. 3) ---
 
 SAMPLERS = {"ddim": 0.0, "ddpm": 1.0}  # the value of eta
 
@@ -657,9 +661,10 @@ class LDMSeg(nn.Module):
 
     forward = diffusion_loss  # what DDP calls
 
-    def denoise(self, z_image, noise, steps, eta=0.0, seeds=()):
+    def denoise(self, z_image, noise, steps, eta=0.0, seeds=(), given=None, known=None):
         """Alg. 2. Yields the predicted x0 (B, 4, h, w), scaled, after each step.
 
+        Alg. 3 with the scaled latents `given` (B, 4, h, w), pasted where `known` (B, 1, h, w) is 1.
         eta 0: DDIM, deterministic; eta 1: DDPM (ancestral sampling), which draws fresh noise in
         each step, an image's from its seed.
         """
@@ -668,6 +673,8 @@ class LDMSeg(nn.Module):
         for now, after in zip(timesteps, timesteps[1:] + [None]):
             t = torch.full((len(noise),), now, device=noise.device)
             _, x0, eps = self.predict(z_t, z_image, x0, t)
+            if given is not None:
+                x0 = torch.where(known, given, x0)
             yield x0
             if after is None:
                 return
@@ -687,20 +694,41 @@ class LDMSeg(nn.Module):
         *_, x0 = self.denoise(self.encode_image(image), noise, steps, eta, seeds)
         return self.decode_mask(x0)
 
+    @torch.no_grad()
+    def inpaint(self, image, ids, known, seeds, steps, eta=0.0, known_share=0.5):
+        """Alg. 3: complete partial masks. Returns logits (B, N, H/2, W/2) and the final latents.
+
+        ids int64 (B, H, W), of which only the pixels in known (B, H, W) that are not VOID count;
+        the rest is zero in the codes. known_share: a latent cell is known, and keeps its given
+        latents, where at least this share of its pixels is.
+        """
+        known = known.bool() & (ids != VOID)
+        given = self.encode_mask(ids * known)
+        cells = F.avg_pool2d(known.float()[:, None], 8) >= known_share  # (B, 1, h, w)
+        noise = seeded_noise(seeds, self.config, image.device)
+        z_image = self.encode_image(image)
+        *_, x0 = self.denoise(z_image, noise, steps, eta, seeds, given, cells)
+        return self.decode_mask(x0), x0
+
 
 # ---- 10. Logits -> segments (Supp. A) ----------------------------------------------------------
+
+
+def probabilities(logits, size):
+    """Logits of one image (N, H/2, W/2) -> probabilities (N, height, width): upsampled by 2, then
+    to `size` = (height, width), softmax."""
+    up = dict(mode="bilinear", align_corners=False)
+    logits = F.interpolate(logits[None].float(), scale_factor=2, **up)
+    return F.interpolate(logits, size=size, **up)[0].softmax(0)
 
 
 def postprocess(logits, size, mask_threshold, min_area):
     """Logits of one image (N, H/2, W/2) -> ids int64 (height, width), on the logits' device.
 
-    Upsampled by 2, then to `size` = (height, width); softmax; pixels less confident than
-    `mask_threshold` and segments smaller than `min_area` pixels become VOID.
-    NOTE: the released code's extra filter on overlaps is not used, because the paper has none.
+    Pixels less confident than `mask_threshold` and segments smaller than `min_area` pixels become
+    VOID. NOTE: the released code's extra filter on overlaps is not used: the paper has none.
     """
-    up = dict(mode="bilinear", align_corners=False)
-    logits = F.interpolate(logits[None].float(), scale_factor=2, **up)
-    confidence, ids = F.interpolate(logits, size=size, **up)[0].softmax(0).max(0)
+    confidence, ids = probabilities(logits, size).max(0)
     ids[confidence < mask_threshold] = VOID
     small = torch.bincount(ids.flatten(), minlength=len(logits[0])) < min_area
     return ids.masked_fill(small[ids], VOID)
@@ -880,7 +908,7 @@ class ShapeScenes(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index}, expected 0 to {len(self) - 1}")
         rng = np.random.default_rng([index, tuple(self.LENGTH).index(self.split)])
-        image, ids, depth, segments, horizon = self._background(rng)
+        image, ids, depth, categories, horizon = self._background(rng)
         light = rng.uniform(-0.7, 0.7)
         palette = rng.uniform(0.1, 0.95, (2, 3))  # colours that things may share
         kinds = list(rng.integers(len(self.THINGS), size=rng.integers(2, 7)))
@@ -890,17 +918,17 @@ class ShapeScenes(Dataset):
         placed = []
         for kind, z in zip(kinds, distances):
             inside = self._paint(rng, image, depth, z, horizon, light, palette, placed, kind)
-            ids[inside] = VOID if kind < 0 else len(segments) + 1
-            if kind >= 0:
-                category = 1 + len(self.STUFF) + int(kind)
-                segments.append({"id": len(segments) + 1, "category_id": category, "iscrowd": 0})
+            categories.append(0 if kind < 0 else 1 + len(self.STUFF) + int(kind))
+            ids[inside] = len(categories)
         haze = (0.55 * depth**1.5)[..., None]
         image = image * (1 - haze) + haze * rng.uniform(0.6, 0.95, 3).astype(np.float32)
         image = (image - 0.5) * rng.uniform(0.8, 1.1) + rng.uniform(0.45, 0.58)
         image += rng.uniform(0.01, 0.05) * rng.standard_normal(image.shape, dtype=np.float32)
-        areas = np.bincount(ids.ravel(), minlength=len(segments) + 1)
-        segments = [s for s in segments if areas[s["id"]] >= 0.02 * ids.size]
-        ids[~np.isin(ids, [s["id"] for s in segments])] = VOID  # what is left of hidden things
+        areas = np.bincount(ids.ravel(), minlength=len(categories) + 1)
+        segments = [{"id": i, "category_id": category, "iscrowd": 0}
+                    for i, category in enumerate(categories, start=1)
+                    if category and areas[i] >= 0.02 * ids.size]
+        ids[~np.isin(ids, [s["id"] for s in segments])] = VOID  # and what is left of hidden things
         return {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids, "depth": depth,
                 "segments": segments, "image_id": index,
                 "file_name": f"{self.split}{index:06d}.png"}
@@ -928,9 +956,7 @@ class ShapeScenes(Dataset):
             texture = self._texture(rng, kind, x[inside], y[inside], 1.6 - ground[inside])
             image[inside] = colour.astype(np.float32) * (1 + texture[:, None])
             depth[inside] = (1.0, 0.9)[kind] if kind < 2 else ground[inside]
-        segments = [{"id": i, "category_id": int(kind) + 1, "iscrowd": 0}
-                    for i, kind in enumerate(classes, start=1)]  # fmt: skip
-        return image, region + 1, depth, segments, horizon
+        return image, region + 1, depth, [int(kind) + 1 for kind in classes], horizon
 
     @staticmethod
     def _texture(rng, kind, x, y, near):
@@ -1035,11 +1061,12 @@ def read_panoptic(path, categories=None):
     try:
         data = json.loads(Path(path).read_text())
         categories = data["categories"] if categories is None else categories
-        problem = next(_panoptic_problems(data, [c["id"] for c in categories]), None)
+        known = [c["id"] for c in categories if c["isthing"] in (0, 1)]
+        problem = next(_panoptic_problems(data, known), None)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotation file") from None
     except (ValueError, KeyError, TypeError) as error:
-        problem = ("expected COCO panoptic JSON (categories; annotations of image_id, file_name and "
+        problem = ("expected COCO panoptic JSON (categories; annotations of image_id, file_name, "
                    f"segments_info with id and category_id), got {type(error).__name__}: {error}")
     if problem:
         raise ValueError(f"{path}: {problem}")
@@ -1346,8 +1373,7 @@ class Meter:
         self.sums, self.batches, self.images, self.start = Counter(), 0, 0, time.time()
 
     def add(self, images, **values):
-        for name, value in values.items():
-            self.sums[name] += value.detach().float()
+        self.sums.update({name: value.detach().float() for name, value in values.items()})  # adds
         self.batches, self.images = self.batches + 1, self.images + images
 
     def means(self):
@@ -1428,11 +1454,6 @@ def resume_run(out, settings, state, fresh):
     steps may. With `fresh`, an existing run is deleted.
     """
     path, log = Path(out, "checkpoint.pt"), Path(out, "log.jsonl")
-    found = [path.exists()] * rank_and_world()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(found, path.exists())
-    if len(set(found)) > 1:
-        raise ValueError(f"{out}: only some of the processes see its checkpoint; use a shared disk")
     if fresh or not path.exists():
         if is_main():
             log.unlink(missing_ok=True)
@@ -1467,18 +1488,11 @@ def convert_official(parts, unet_config=None):
     """
     parts = {name: {k.removeprefix("module."): v for k, v in part.items()}
              for name, part in parts.items()}
-    masks = parts["vae_semseg"] if "unet" in parts else parts["vae"]
-    channels = masks["decoder.0.weight"].shape[1]
-    gaussian = len(masks["encoder.15.bias"]) == 2 * channels
-    config = replace(
-        PRESETS["paper"], bits=masks["encoder.0.weight"].shape[1], latent_channels=channels,
-        ae_widths=tuple(len(masks[f"encoder.{i}.bias"]) for i in (0, 3, 6, 9)),
-        latents="gaussian" if gaussian else "deterministic", loss_weights="released")
-    tensors = {}
-    for key, tensor in masks.items():  # theirs has an identity at encoder.12 and at decoder.1
+    config, tensors = replace(PRESETS["paper"], latents="gaussian", loss_weights="released"), {}
+    for key, tensor in parts["vae_semseg" if "unet" in parts else "vae"].items():
         part, index, name = key.split(".")
-        shift = int(index) > {"encoder": 11, "decoder": 0}[part]
-        tensors[f"{part}.{int(index) - shift}.{name}"] = tensor
+        index = int(index) - (int(index) > {"encoder": 11, "decoder": 0}[part])  # an identity
+        tensors[f"{part}.{index}.{name}"] = tensor
     if "unet" not in parts:
         return config, tensors
     tensors = {f"autoencoder.{k}": v for k, v in tensors.items()}
@@ -1514,14 +1528,12 @@ def load_official(path, unet_config=None):
         config, tensors = convert_official(parts, unet_config)
         model = (LDMSeg if "unet" in parts else MaskAutoencoder)(config)
         model.load_state_dict(tensors)
+        return model
     except UnpicklingError:
-        raise ValueError(f"{path}: cannot be read without running code in it, which is refused; "
-                         "expected tensors only, as the authors released") from None
+        reason = "code in it would have to run, which is refused"
     except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not in the authors' format ({type(error).__name__}: {reason})"
-                         ) from None
-    return model
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    raise ValueError(f"{path}: not a file of tensors as the authors released ({reason})")
 
 
 def _load_weights(file):
@@ -1542,8 +1554,8 @@ def _load_weights(file):
 def load_model(path, device="cpu", kind=nn.Module):
     """LDMSeg or MaskAutoencoder of a run folder, a weights file, or the authors' .pt files.
 
-    In evaluation mode; `.config` is its Config. Raises FileNotFoundError or ValueError naming the file, also where
-    the model is not of class `kind`.
+    In evaluation mode; `.config` is its Config. Raises FileNotFoundError or ValueError naming the
+    file, also where the model is not of class `kind`.
     """
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     if not file.exists():
@@ -1612,9 +1624,8 @@ def evaluate_pq(logits_of, dataset, config, device, min_area, pictures=0, **opti
 
 def colorize(ids):
     """int ids (H, W) -> uint8 (H, W, 3): a fixed distinct colour per id, VOID black."""
-    hues = np.arange(256) * 0.618034 % 1
-    palette = np.array([colorsys.hsv_to_rgb(h, 0.45 + 0.5 * (i % 3) / 2, 0.95 - 0.3 * (i % 2))
-                        for i, h in enumerate(hues)])
+    palette = np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + 0.25 * (i % 3),
+                                            0.95 - 0.3 * (i % 2)) for i in range(256)])
     palette[0] = 0
     return (palette[np.where(ids > 0, 1 + (ids - 1) % 255, 0)] * 255).astype(np.uint8)
 

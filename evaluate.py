@@ -62,7 +62,7 @@ class PanopticPairs(Dataset):
         truth = read_panoptic(gt)
         self.new_metric = partial(PanopticQuality, truth["categories"], class_agnostic)
         self.truth = truth["annotations"]
-        prediction = read_panoptic(pred, () if class_agnostic else truth["categories"])
+        prediction = read_panoptic(pred, truth["categories"], class_agnostic)
         self.prediction = {a["image_id"]: a for a in prediction["annotations"]}
         self.folders = [Path(folder or Path(file).with_suffix(""))
                         for file, folder in ((gt, gt_dir), (pred, pred_dir))]
@@ -75,11 +75,11 @@ class PanopticPairs(Dataset):
         if missing and not allow_missing:
             raise ValueError(f"{pred}: no prediction for {len(missing)} of {len(images)} images, "
                              f"the first is {missing[0]}; --allow-missing counts them as missed")
-        if extra := sorted(self.prediction.keys() - set(images)):
+        if extra := sorted(self.prediction.keys() - set(images), key=str):
             raise ValueError(f"{pred}: predictions for {len(extra)} images that {gt} does not "
                              f"have, the first is {extra[0]}")
-        names = [{c["id"]: c.get("name") for c in file.get("categories", ())}
-                 for file in (truth, prediction)]
+        names = [{c["id"]: c.get("name") for c in file.get("categories") or ()
+                  if isinstance(c, dict)} for file in (truth, prediction)]  # optional in the second
         if is_main() and not class_agnostic and names[1] and names[0] != names[1]:
             print(f"warning: {pred} and {gt} have different categories; compared by their ids",
                   file=sys.stderr)
@@ -89,17 +89,18 @@ class PanopticPairs(Dataset):
 
     def __getitem__(self, index):
         truth, metric = self.truth[index], self.new_metric()
-        path = self.folders[0] / truth["file_name"]
-        gt_rgb = read_image(path)
-        pred_rgb, prediction = np.zeros_like(gt_rgb), self.prediction.get(truth["image_id"])
-        if prediction:
-            path = self.folders[1] / prediction["file_name"]
-            pred_rgb = read_image(path)
+        prediction = self.prediction.get(truth["image_id"])
         try:
-            metric.update(gt_rgb, truth["segments_info"],
-                          pred_rgb, prediction["segments_info"] if prediction else [])
-        except ValueError as error:
-            raise ValueError(f"{path}: image {truth['image_id']}: {error}") from None
+            path = self.folders[0] / truth["file_name"]
+            gt_rgb = read_image(path)
+            pred_rgb, segments = np.zeros_like(gt_rgb), []
+            if prediction:
+                path = self.folders[1] / prediction["file_name"]
+                pred_rgb, segments = read_image(path), prediction["segments_info"]
+            metric.update(gt_rgb, truth["segments_info"], pred_rgb, segments)
+        except (FileNotFoundError, ValueError) as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise type(error)(f"{path}: image {truth['image_id']}: {reason}") from None
         return metric.state, metric.odd
 
 

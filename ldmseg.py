@@ -516,7 +516,8 @@ def load_sd_unet(unet, path):
 
 
 SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,  # of version 1
-          "down_block_types": 4 * ["DownEncoderBlock2D"], "up_block_types": 4 * ["UpDecoderBlock2D"]}
+          "down_block_types": ["DownEncoderBlock2D"] * 4,
+          "up_block_types": ["UpDecoderBlock2D"] * 4}
 
 
 class ImageEncoder(nn.Module):
@@ -795,8 +796,8 @@ class PanopticQuality:
         np.add.at(self.state, (gt, 4), (both * same).sum(1))
         np.add.at(self.state, (gt, 5), gt_area)
         np.add.at(self.state, (pred, 6), both.sum(0))
-        listed = [s.get("area", a) for s, a in zip(gt_segments, gt_area)]
-        self.odd += (listed != gt_area).sum(), overlap[0].sum()
+        other_area = sum(s.get("area", a) != a for s, a in zip(gt_segments, gt_area))
+        self.odd += other_area, overlap[0].sum()
 
     def _rows(self, segments):
         try:
@@ -1022,52 +1023,60 @@ class ShapeScenes(Dataset):
 def read_image(path):
     """Image file -> uint8 (H, W, 3). FileNotFoundError or ValueError that names the file."""
     try:
-        if Path(path).suffix == ".png":  # torchvision's decoder is faster, Pillow reads the rest
-            data = torch.from_numpy(np.fromfile(path, np.uint8))
-            return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy().astype(
-                np.uint8, casting="no", copy=False)
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+        data = np.fromfile(path, np.uint8)
+        if data[:4].tobytes() != b"\x89PNG":
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+        if data[24] == 16:
+            raise ValueError("16 bits per channel, expected 8")
+        rgb = decode_png(torch.from_numpy(data), ImageReadMode.RGB)  # faster than Pillow
+        return rgb.permute(1, 2, 0).numpy()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
-    except (OSError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0].split(".cpp:")[-1]
+    except (IndexError, OSError, RuntimeError, SyntaxError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        reason = reason.partition(".cpp:")[2].partition(", ")[2] or reason
         raise ValueError(f"{path}: not a readable image ({reason}); replace the file") from None
 
 
-def _panoptic_problems(data, known):
+def _panoptic_problems(data, categories, any_category):
     """What is wrong with the content of a panoptic JSON, one sentence after the other."""
+    known = [c["id"] for c in categories]
+    if len(set(known)) < len(known) or any(c["isthing"] not in (0, 1) for c in categories):
+        yield f"categories {categories}, expected each id once and isthing 0 or 1"
     images = Counter(a["image_id"] for a in data["annotations"])
-    if len(set(known)) < len(known):
-        yield f"category ids {known}, expected each once"
     for annotation in data["annotations"]:
-        where = f"image {annotation['image_id']} ({annotation['file_name']})"
+        where, segments = f"image {annotation['image_id']}", annotation.get("segments_info")
+        if segments is None or not isinstance(annotation.get("file_name"), str):
+            yield (f"{where} has {sorted(annotation)}, expected image_id, file_name, segments_info;"
+                   " is this COCO panoptic JSON, or COCO instances?")
         if images[annotation["image_id"]] > 1:
             yield f"{where} is annotated {images[annotation['image_id']]} times, expected once"
-        ids = Counter(s["id"] for s in annotation["segments_info"])
-        for id, category in ((s["id"], s["category_id"]) for s in annotation["segments_info"]):
-            if not (isinstance(id, int) and VOID < id < 2**24) or ids[id] > 1:
-                yield f"{where} lists segment {id!r} {ids[id]} times, expected 1..2^24-1, each once"
-            if known and category not in known:
-                yield f"{where}, segment {id} has category {category}, expected one of {known}"
+        ids = Counter(s["id"] for s in segments)
+        for id, category in ((s["id"], s["category_id"]) for s in segments):
+            if type(id) is not int or not VOID < id < 2**24:
+                yield f"{where} has segment id {id!r}, expected 1 to 2^24 - 1"
+            if ids[id] > 1:
+                yield f"{where} lists segment {id} {ids[id]} times, expected once"
+            if category not in known and not any_category:
+                yield f"{where}, segment {id} has category {category!r}, expected one of {known}"
 
 
-def read_panoptic(path, categories=None):
+def read_panoptic(path, categories=None, any_category=False):
     """The content of a COCO panoptic JSON, every annotation checked.
 
-    categories: those its segments may have (default: its own; empty: any).
+    categories: those its segments may have (default: its own), unless `any_category`.
     Raises FileNotFoundError or ValueError naming the file, the image and what is wrong.
     """
     try:
         data = json.loads(Path(path).read_text())
         categories = data["categories"] if categories is None else categories
-        known = [c["id"] for c in categories if c["isthing"] in (0, 1)]
-        problem = next(_panoptic_problems(data, known), None)
+        problem = next(_panoptic_problems(data, categories, any_category), None)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotation file") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         problem = ("expected COCO panoptic JSON (categories; annotations of image_id, file_name, "
-                   f"segments_info with id and category_id), got {type(error).__name__}: {error}")
+                   f"segments_info with id, category_id), got {type(error).__name__}: {error}")
     if problem:
         raise ValueError(f"{path}: {problem}")
     return data
@@ -1454,6 +1463,11 @@ def resume_run(out, settings, state, fresh):
     steps may. With `fresh`, an existing run is deleted.
     """
     path, log = Path(out, "checkpoint.pt"), Path(out, "log.jsonl")
+    found = [path.exists()] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(found, path.exists())
+    if len(set(found)) > 1:
+        raise ValueError(f"{out}: only some of the processes see its checkpoint; use a shared disk")
     if fresh or not path.exists():
         if is_main():
             log.unlink(missing_ok=True)

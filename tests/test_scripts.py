@@ -320,7 +320,7 @@ DAMAGE = {
     "annotation of no image": (lambda root: edit_json(root, lambda c: c["images"].clear()),
                                "panoptic_train.json: expected images with id and file_name"),
     "detection JSON": (lambda root: edit_json(root, lambda c: c["annotations"][0].pop(
-        "segments_info")), "panoptic_train.json: expected COCO panoptic JSON"),
+        "segments_info")), "expected image_id, file_name, segments_info; is this COCO panoptic"),
     "truncated JSON": (lambda root: truncate(root / f"{MASKS}.json"),
                        "panoptic_train.json: expected COCO panoptic JSON"),
     "two splits": (lambda root: shutil.copy(root / f"{MASKS}.json", root / f"{MASKS}2.json"),

@@ -16,7 +16,6 @@ Ids: int64 maps in [0, N-1]; 0 is VOID (unlabelled: never a target, never counte
     Eq. 3  forward process               NoiseSchedule.add_noise, inverse: .predict_x0
     Eq. 4  noise loss (Alg. 1)           LDMSeg.diffusion_loss, NoiseSchedule.weights
     Eq. 5  DDIM step (Alg. 2)            LDMSeg.denoise
-    Alg. 3 inpainting                    LDMSeg.inpaint
     Supp. A post-processing              postprocess
 """
 
@@ -588,7 +587,7 @@ def pretrained_encoder(config, sd):
     return nn.Sequential(vae.encoder, vae.quant_conv).state_dict(), config
 
 
-# ---- 7-9. The model: its loss (Eq. 4, Alg. 1), sampling (Eq. 5, Alg. 2), inpainting (Alg. 3) ---
+# ---- 7-8. The model: its loss (Eq. 4, Alg. 1) and its sampler (Eq. 5, Alg. 2) ------------------
 
 SAMPLERS = {"ddim": 0.0, "ddpm": 1.0}  # the value of eta
 
@@ -662,10 +661,9 @@ class LDMSeg(nn.Module):
 
     forward = diffusion_loss  # what DDP calls
 
-    def denoise(self, z_image, noise, steps, eta=0.0, seeds=(), given=None, known=None):
+    def denoise(self, z_image, noise, steps, eta=0.0, seeds=()):
         """Alg. 2. Yields the predicted x0 (B, 4, h, w), scaled, after each step.
 
-        Alg. 3 with the scaled latents `given` (B, 4, h, w), pasted where `known` (B, 1, h, w) is 1.
         eta 0: DDIM, deterministic; eta 1: DDPM (ancestral sampling), which draws fresh noise in
         each step, an image's from its seed.
         """
@@ -674,8 +672,6 @@ class LDMSeg(nn.Module):
         for now, after in zip(timesteps, timesteps[1:] + [None]):
             t = torch.full((len(noise),), now, device=noise.device)
             _, x0, eps = self.predict(z_t, z_image, x0, t)
-            if given is not None:
-                x0 = torch.where(known, given, x0)
             yield x0
             if after is None:
                 return
@@ -695,41 +691,20 @@ class LDMSeg(nn.Module):
         *_, x0 = self.denoise(self.encode_image(image), noise, steps, eta, seeds)
         return self.decode_mask(x0)
 
-    @torch.no_grad()
-    def inpaint(self, image, ids, known, seeds, steps, eta=0.0, known_share=0.5):
-        """Alg. 3: complete partial masks. Returns logits (B, N, H/2, W/2) and the final latents.
-
-        ids int64 (B, H, W), of which only the pixels in known (B, H, W) that are not VOID count;
-        the rest is zero in the codes. known_share: a latent cell is known, and keeps its given
-        latents, where at least this share of its pixels is.
-        """
-        known = known.bool() & (ids != VOID)
-        given = self.encode_mask(ids * known)
-        cells = F.avg_pool2d(known.float()[:, None], 8) >= known_share  # (B, 1, h, w)
-        noise = seeded_noise(seeds, self.config, image.device)
-        z_image = self.encode_image(image)
-        *_, x0 = self.denoise(z_image, noise, steps, eta, seeds, given, cells)
-        return self.decode_mask(x0), x0
-
 
 # ---- 10. Logits -> segments (Supp. A) ----------------------------------------------------------
-
-
-def probabilities(logits, size):
-    """Logits of one image (N, H/2, W/2) -> probabilities (N, height, width): upsampled by 2, then
-    to `size` = (height, width), softmax."""
-    up = dict(mode="bilinear", align_corners=False)
-    logits = F.interpolate(logits[None].float(), scale_factor=2, **up)
-    return F.interpolate(logits, size=size, **up)[0].softmax(0)
 
 
 def postprocess(logits, size, mask_threshold, min_area):
     """Logits of one image (N, H/2, W/2) -> ids int64 (height, width), on the logits' device.
 
-    Pixels less confident than `mask_threshold` and segments smaller than `min_area` pixels become
-    VOID. NOTE: the released code's extra filter on overlaps is not used: the paper has none.
+    Upsampled by 2, then to `size` = (height, width); softmax; pixels less confident than
+    `mask_threshold` and segments smaller than `min_area` pixels become VOID.
+    NOTE: the released code's extra filter on overlaps is not used, because the paper has none.
     """
-    confidence, ids = probabilities(logits, size).max(0)
+    up = dict(mode="bilinear", align_corners=False)
+    logits = F.interpolate(logits[None].float(), scale_factor=2, **up)
+    confidence, ids = F.interpolate(logits, size=size, **up)[0].softmax(0).max(0)
     ids[confidence < mask_threshold] = VOID
     small = torch.bincount(ids.flatten(), minlength=len(logits[0])) < min_area
     return ids.masked_fill(small[ids], VOID)

@@ -187,14 +187,14 @@ def bits2int(bits):
 def code_table(config):
     """The code of every id, float (N, C) in [-1, 1], VOID all zeros: the rows of Table S1.
 
-    "bit": `int2bits`, C = bits; "colour": N equidistant points of the RGB cube, C = 3;
+    "bit": `int2bits`, C = bits; "colour": N points of a regular grid of the RGB cube, C = 3;
     "positional": sines and cosines of NeRF at 4 frequencies, C = 8.
     """
     ids = torch.arange(config.num_ids, device="cpu")
     if config.codes == "bit":
         return int2bits(ids.view(1, 1, -1), config.bits)[0, :, 0].T
     if config.codes == "colour":
-        levels = math.ceil(config.num_ids ** (1 / 3) - 1e-9)  # per channel
+        levels = 2 * math.ceil(config.num_ids ** (1 / 3) / 2 - 1e-9)  # even: no colour is zero
         place = ids * levels**3 // config.num_ids
         table = torch.stack([place // levels**i % levels for i in range(3)], 1)
         table = table * 2 / (levels - 1) - 1
@@ -485,7 +485,8 @@ def from_pretrained(kind, path, subfolder=""):
         raise FileNotFoundError(f"{path}: no {Path(subfolder, 'config.json')}, expected the folder "
                                 f"of a pretrained {kind.__name__}")
     try:
-        return kind.from_pretrained(path, subfolder=subfolder).float()
+        quiet = {"low_cpu_mem_usage": False} if kind.__module__.startswith("diffusers") else {}
+        return kind.from_pretrained(path, subfolder=subfolder, **quiet).float()
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: no {kind.__name__} could be loaded from this folder or hub id "
                          f"({str(error).splitlines()[0]})") from None
@@ -1480,8 +1481,8 @@ def convert_official(parts, unet_config=None):
     config, tensors = replace(PRESETS["paper"], latents="gaussian", loss_weights="released"), {}
     for key, tensor in parts["vae_semseg" if "unet" in parts else "vae"].items():
         part, index, name = key.split(".")
-        index = int(index) - (int(index) > {"encoder": 11, "decoder": 0}[part])  # an identity
-        tensors[f"{part}.{index}.{name}"] = tensor
+        identity = {"encoder": 12, "decoder": 1}.get(part, math.inf)  # has no place in ours
+        tensors[f"{part}.{int(index) - (int(index) > identity)}.{name}"] = tensor
     if "unet" not in parts:
         return config, tensors
     tensors = {f"autoencoder.{k}": v for k, v in tensors.items()}
@@ -1491,7 +1492,7 @@ def convert_official(parts, unet_config=None):
         part, _, rest = key.partition(".")
         if part != "post_quant_conv":  # the decoder's, which is not there
             rest = ".".join(names.get(word, word) for word in rest.split("."))
-            place = {"encoder": 0, "quant_conv": 1}[part]
+            place = {"encoder": 0, "quant_conv": 1}.get(part, part)
             tensors[f"image_encoder.layers.{place}.{rest}"] = tensor
     widths = [len(v) for k, v in sorted(parts["vae_image"].items())
               if k.startswith("encoder.down_blocks") and k.endswith("resnets.0.conv1.bias")]
@@ -1520,7 +1521,7 @@ def load_official(path, unet_config=None):
         return model
     except UnpicklingError:
         reason = "code in it would have to run, which is refused"
-    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, EOFError, KeyError, RuntimeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise ValueError(f"{path}: not a file of tensors as the authors released ({reason})")
 

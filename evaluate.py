@@ -93,10 +93,11 @@ class PanopticPairs(Dataset):
         try:
             path = self.folders[0] / truth["file_name"]
             gt_rgb = read_image(path)
-            pred_rgb, segments = np.zeros_like(gt_rgb), []
             if prediction:
                 path = self.folders[1] / prediction["file_name"]
                 pred_rgb, segments = read_image(path), prediction["segments_info"]
+            else:
+                pred_rgb, segments = np.zeros_like(gt_rgb), []
             metric.update(gt_rgb, truth["segments_info"], pred_rgb, segments)
         except (FileNotFoundError, ValueError) as error:
             reason = str(error).removeprefix(f"{path}: ")

@@ -721,9 +721,10 @@ def compact_ids(ids, known):
     """
     if len(set(known)) < len(known):
         raise ValueError(f"segment ids {known}, expected each once and none {VOID}")
-    order = np.argsort(known)
-    place = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
-    return np.where(np.array(known)[place] == ids, place + 1, 0)
+    known = np.array(known)
+    order = known.argsort()
+    place = order[np.searchsorted(known[order], ids).clip(max=len(known) - 1)]
+    return np.where(known[place] == ids, place + 1, 0)
 
 
 class PanopticQuality:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ldmseg import (
     SAMPLERS, PanopticQuality, base_parser, default_weights, evaluate_pq, is_main, load_model,
-    open_dataset, progress, rank_and_world, read_image, read_panoptic, run_script,
+    open_dataset, predict_dataset, progress, rank_and_world, read_image, read_panoptic, run_script,
     setup_distributed, write_json,
 )  # fmt: skip
 
@@ -178,10 +178,12 @@ def score_weights(args):
         with autocast():
             return model.sample(batch["image"], batch["seed"], steps, SAMPLERS[args.sampler])
 
+    if model:  # the first call is slow
+        list(predict_dataset(partial(sample, steps=1), dataset, config, device, limit=1))
     if is_main():
         print(f"{path} on {images} images of {args.data}, class-agnostic, mask_threshold "
               f"{config.mask_threshold}, min_area {min_area}")
-        print(f"{'':>12}  PQ      SQ      RQ      s/image")
+        print(f"{'':>12}  PQ      SQ      RQ      s/image (with loading and scoring)")
     ceiling = score("autoencoder", lambda batch: autoencoder.reconstruct(batch["ids"]))
     sweep = [score(f"{n} steps", partial(sample, steps=n)) | {"steps": n}
              for n in (args.steps if model else ())]

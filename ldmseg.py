@@ -75,7 +75,7 @@ class Config:
     # stage 2: diffusion
     mask_scale: float = 0.0  # multiplies mask latents; 0: measured, so that their std is mask_std
     mask_std: float = 0.7
-    image_scale: float = 1.0  # multiplies image latents
+    image_scale: float = 0.0  # multiplies image latents; 0: the image encoder's own
     prediction: str = "v"  # what the UNet predicts: "eps" (paper) or "v"
     loss_weights: str = "paper"  # over the timesteps: "paper", "released" or "none"
     self_condition: float = 0.5  # share of the training steps with self-conditioning
@@ -120,6 +120,8 @@ class Config:
             if getattr(self, name) not in values:
                 expected = values if isinstance(values, tuple) else f"{values[0]}, {values[1]}, ..."
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        if self.kl_weight and self.latents != "gaussian":
+            raise ValueError(f"kl_weight is {self.kl_weight}, which needs latents=gaussian")
 
     @property
     def num_ids(self):
@@ -486,7 +488,11 @@ def from_pretrained(kind, path, subfolder=""):
                                 f"of a pretrained {kind.__name__}")
     try:
         quiet = {"low_cpu_mem_usage": False} if kind.__module__.startswith("diffusers") else {}
-        return kind.from_pretrained(path, subfolder=subfolder, **quiet).float()
+        model, info = kind.from_pretrained(path, subfolder=subfolder, output_loading_info=True,
+                                           **quiet)
+        if missing := set(info["missing_keys"]) - {"embeddings.mask_token"}:
+            raise ValueError(f"it lacks {len(missing)} weights, the first {min(missing)}")
+        return model.float()
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: no {kind.__name__} could be loaded from this folder or hub id "
                          f"({str(error).splitlines()[0]})") from None
@@ -496,7 +502,7 @@ def load_sd_unet(unet, path):
     """Copy the weights of a Stable Diffusion v1 folder or hub id into a UNet of `build_unet`.
 
     The kernel of `conv_in` goes to z_t; all other input channels start at zero, so that at first
-    the output is that of Stable Diffusion's own UNet, whatever the image.
+    the output is that of Stable Diffusion's UNet without cross-attention, whatever the image.
     Raises ValueError naming what differs, e.g. for Stable Diffusion v2 or XL.
     """
     from diffusers import UNet2DConditionModel
@@ -507,8 +513,8 @@ def load_sd_unet(unet, path):
                  "down_block_types", "use_linear_projection"):
         theirs, ours = pretrained.config[name], expected[name]
         if theirs != ours and list(np.atleast_1d(theirs)) != list(np.atleast_1d(ours)):
-            raise ValueError(f"{path}: its UNet has {name} {theirs}, expected {ours}; "
-                             "--preset paper takes Stable Diffusion v1, not v2 or XL")
+            raise ValueError(f"{path}: its UNet has {name} {theirs}, expected {ours}; the paper's "
+                             "preset fits Stable Diffusion v1, not v2 or XL")
     tensors = pretrained.state_dict()
     others = unet.config.in_channels - pretrained.config.in_channels
     tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, others))
@@ -531,7 +537,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.kind, self.channels = config.image_encoder, config.stem_widths[-1]
+        self.kind, self.channels, self.scale = config.image_encoder, config.stem_widths[-1], 1.0
         if self.kind == "patch":
             layers, c_in = [], 3
             for c in config.stem_widths:
@@ -544,7 +550,7 @@ class ImageEncoder(nn.Module):
 
             vae = AutoencoderKL(**json.loads(config.encoder_json))
             self.layers = nn.Sequential(vae.encoder, vae.quant_conv).requires_grad_(False)
-            self.channels = vae.config.latent_channels
+            self.channels, self.scale = vae.config.latent_channels, vae.config.scaling_factor
         else:
             from transformers import Dinov2Config, Dinov2Model
 
@@ -556,8 +562,9 @@ class ImageEncoder(nn.Module):
         if self.kind == "patch":
             return self.layers(image)
         kind, (h, w) = image.device.type, [side // 8 for side in image.shape[-2:]]
-        # float32 or bfloat16: float16 overflows in Stable Diffusion's encoder
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, torch.is_autocast_enabled(kind)):
+        bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.bfloat16
+        # else float32: float16 overflows in Stable Diffusion's encoder
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, bf16):
             if self.kind == "sd":
                 return self.layers(image)[:, : self.channels].float()
             image = v2.functional.resize(image, [14 * h, 14 * w], antialias=True)
@@ -565,27 +572,6 @@ class ImageEncoder(nn.Module):
                                             (0.229, 0.224, 0.225))
             tokens = self.layers(image).last_hidden_state[:, 1:]  # (B, h w, C), without CLS
             return tokens.float().mT.unflatten(2, (h, w))
-
-
-def pretrained_encoder(config, sd):
-    """The weights of a frozen image encoder, and `config` with its architecture and scale.
-
-    sd: Stable Diffusion's folder or hub id, or "none": its architecture with random weights.
-    """
-    if config.image_encoder == "sd" and sd == "none":
-        return None, replace(config, encoder_json=json.dumps(SD_VAE))
-    if config.image_encoder == "dinov2":
-        from transformers import Dinov2Model
-
-        model = from_pretrained(Dinov2Model, config.dinov2)
-        return model.state_dict(), replace(config, encoder_json=model.config.to_json_string(),
-                                           image_scale=1.0)
-    from diffusers import AutoencoderKL
-
-    vae = from_pretrained(AutoencoderKL, sd, "vae")
-    config = replace(config, image_scale=vae.config.scaling_factor,
-                     encoder_json=json.dumps({k: v for k, v in vae.config.items() if k[0] != "_"}))
-    return nn.Sequential(vae.encoder, vae.quant_conv).state_dict(), config
 
 
 # ---- 7-8. The model: its loss (Eq. 4, Alg. 1) and its sampler (Eq. 5, Alg. 2) ------------------
@@ -608,7 +594,7 @@ class LDMSeg(nn.Module):
 
     def encode_image(self, image):
         """image (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w), scaled."""
-        return self.image_encoder(image) * self.config.image_scale
+        return self.image_encoder(image) * (self.config.image_scale or self.image_encoder.scale)
 
     @torch.no_grad()
     def encode_mask(self, ids):
@@ -1349,7 +1335,11 @@ def make_ema(model, decay):
         n = float(updates)
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
 
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
+    for average, weight in zip(ema.module.parameters(), model.parameters()):
+        if not (weight.requires_grad and decay):
+            average.data = weight.data  # one copy is enough of what is frozen, or not averaged
+    return ema
 
 
 class Meter:
@@ -1427,38 +1417,36 @@ def save_run(out, step, model, config, settings, state):
         torch.save(checkpoint, temporary)
 
 
-def run_settings(args, config):
-    """What a resumed run must share with its checkpoint; the machine and precision may differ."""
-    names = ("data", "images", "train_split", "seed", "accumulate")
-    return asdict(config) | {name: getattr(args, name) for name in names}
+def resume_run(args, config, state, **others):
+    """Load checkpoint.pt into `state` (name -> module, optimizer, ...).
 
-
-def resume_run(out, settings, state, fresh):
-    """Load checkpoint.pt into `state` (name -> module, optimizer, ...); returns its step, or 0.
-
-    Raises ValueError naming the first setting that differs from the checkpoint's; the number of
-    steps may. With `fresh`, an existing run is deleted.
+    Returns its step, or 0, and the settings that a resumed run must share: the Config, the data
+    and `others`, but not the number of steps, the machine, or how much memory is used. Raises
+    ValueError naming the first that differs. With --fresh, an existing run is deleted.
     """
-    path, log = Path(out, "checkpoint.pt"), Path(out, "log.jsonl")
+    out, path, log = args.out, Path(args.out, "checkpoint.pt"), Path(args.out, "log.jsonl")
+    names = ("data", "images", "train_split", "seed")
+    settings = asdict(config) | {name: getattr(args, name) for name in names} | others
+    free = ("ae_steps", "ldm_steps", "eval_steps", "checkpointing", "compile", "zero")
     found = [path.exists()] * rank_and_world()[1]
     if dist.is_initialized():
         dist.all_gather_object(found, path.exists())
     if len(set(found)) > 1:
         raise ValueError(f"{out}: only some of the processes see its checkpoint; use a shared disk")
-    if fresh or not path.exists():
+    if args.fresh or not path.exists():
         if is_main():
             log.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-        return 0
+        return 0, settings
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         stored = checkpoint.pop("settings")
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint ({str(error).splitlines()[0]}); "
                          "--fresh starts over") from None
     for name in settings | stored:
         ours, theirs = settings.get(name), stored.get(name)
-        if ours != theirs and name not in ("ae_steps", "ldm_steps", "eval_steps"):
+        if ours != theirs and name not in free:
             raise ValueError(f"{out}: its run has {name} {theirs}, this command {ours}; "
                              "use the same, another --out, or --fresh to start over")
     for name, part in state.items():
@@ -1467,7 +1455,7 @@ def resume_run(out, settings, state, fresh):
     if is_main() and log.exists():  # forget what was logged after the checkpoint
         lines = log.read_text().splitlines(keepends=True)
         log.write_text("".join(x for x in lines if json.loads(x)["step"] <= checkpoint["step"]))
-    return checkpoint["step"]
+    return checkpoint["step"], settings
 
 
 def convert_official(parts, unet_config=None):
@@ -1522,24 +1510,9 @@ def load_official(path, unet_config=None):
         return model
     except UnpicklingError:
         reason = "code in it would have to run, which is refused"
-    except (AttributeError, EOFError, KeyError, RuntimeError, ValueError) as error:
+    except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise ValueError(f"{path}: not a file of tensors as the authors released ({reason})")
-
-
-def _load_weights(file):
-    try:
-        with safe_open(file, "pt") as weights:
-            about = json.loads(weights.metadata()["ldmseg"])
-            tensors = {k: weights.get_tensor(k).float() for k in weights.keys()}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
-        kind = {"LDMSeg": LDMSeg, "MaskAutoencoder": MaskAutoencoder}[about["model"]]
-        model = kind(Config(**values))
-        model.load_state_dict(tensors)
-        return model
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: not weights that these scripts wrote ({reason})") from None
 
 
 def load_model(path, device="cpu", kind=nn.Module):
@@ -1551,7 +1524,20 @@ def load_model(path, device="cpu", kind=nn.Module):
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     if not file.exists():
         raise FileNotFoundError(f"{path}: no weights, expected a run folder or .safetensors file")
-    model = load_official(file) if file.suffix == ".pt" else _load_weights(file)
+    if file.suffix == ".pt":
+        model = load_official(file)
+    else:
+        try:
+            with safe_open(file, "pt") as weights:
+                about = json.loads(weights.metadata()["ldmseg"])
+                tensors = {k: weights.get_tensor(k).float() for k in weights.keys()}
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
+            models = {"LDMSeg": LDMSeg, "MaskAutoencoder": MaskAutoencoder}
+            model = models[about["model"]](Config(**values))
+            model.load_state_dict(tensors)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{file}: not weights that these scripts wrote ({reason})") from None
     if not isinstance(model, kind):
         raise ValueError(f"{path}: holds a {type(model).__name__}, expected a {kind.__name__}")
     return model.to(device, memory_format=torch.channels_last).eval()
@@ -1584,7 +1570,8 @@ def predict_dataset(logits_of, dataset, config, device, seed=0, workers=0, limit
     """
     rank, world = rank_and_world()
     indices = range(rank, min(len(dataset), limit or len(dataset)), world)
-    loader = DataLoader(Subset(dataset, indices), 16, num_workers=workers, collate_fn=list)
+    batch_size = min(16, max(1, 2**20 // config.size**2))
+    loader = DataLoader(Subset(dataset, indices), batch_size, num_workers=workers, collate_fn=list)
     done = 0
     for records in progress(loader, len(loader), "predicting"):
         seeds = [stable_seed(seed, r["image_id"]) for r in records]

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from ldmseg import (
     MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, candidate_coords, colorize,
     evaluate_pq, is_main, learning_rate, log_line, make_ema, make_optimizer, postprocess, progress,
-    resume_run, run_script, run_settings, save_grid, save_run, seeded_noise, setup_distributed,
+    resume_run, run_script, save_grid, save_run, seeded_noise, setup_distributed,
     training_config, training_data, training_loader, training_parser,
 )  # fmt: skip
 
@@ -70,12 +70,12 @@ def main(argv=None):
     ema = make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    settings = run_settings(args, config)
-    start, steps = resume_run(args.out, settings, state, args.fresh), config.ae_steps
+    (start, settings), steps = resume_run(args, config, state), config.ae_steps
     if start >= steps:
         return is_main() and print(f"finished at step {start}; --fresh starts over")
     loader = training_loader(stream, config.ae_batch, args.accumulate, start, steps, args.workers)
-    net = DistributedDataParallel(model) if dist.is_initialized() else model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) \
+        if dist.is_initialized() else model
 
     meter, batches = Meter(), iter(loader)
     for step in progress(range(start, steps), steps, "stage 1", start):

@@ -2,25 +2,28 @@
 
     python train_ldm.py                                     # generated scenes, on a laptop
     python train_ldm.py --data coco/ --ae runs/ae --out runs/coco
-    torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --accumulate 4
+    torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --accumulate 2 \\
+        --set checkpointing=1
 
 The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt and
 a picture per evaluation (image | truth | prediction | autoencoder alone) in the run folder.
 """
 
+import json
 import random
 import zlib
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize, default_weights, evaluate_pq, is_main,
-    learning_rate, load_model, load_sd_unet, log_line, make_ema, make_optimizer, override,
-    pretrained_encoder, progress, resume_run, run_script, run_settings, save_grid, save_run,
+    SD_VAE, Config, LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize, default_weights,
+    evaluate_pq, from_pretrained, is_main, learning_rate, load_model, load_sd_unet, log_line,
+    make_ema, make_optimizer, override, progress, resume_run, run_script, save_grid, save_run,
     seeded_noise, setup_distributed, stable_seed, training_config, training_data, training_loader,
     training_parser,
 )  # fmt: skip
@@ -40,6 +43,29 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def pretrained_encoder(config, sd):
+    """The weights of a frozen image encoder, and `config` with its architecture.
+
+    sd: Stable Diffusion's folder or hub id, or "none": its architecture with random weights.
+    """
+    if config.image_encoder == "dinov2":
+        from transformers import Dinov2Model
+
+        model = from_pretrained(Dinov2Model, config.dinov2)
+        if model.config.patch_size != 14:
+            raise ValueError(f"{config.dinov2}: patches of {model.config.patch_size} pixels, "
+                             "expected a DINOv2 with patches of 14")
+        return model.state_dict(), replace(config, encoder_json=model.config.to_json_string())
+    from diffusers import AutoencoderKL
+
+    if sd == "none":
+        return None, replace(config, encoder_json=json.dumps(SD_VAE))
+    vae = from_pretrained(AutoencoderKL, sd, "vae")
+    about = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    weights = nn.Sequential(vae.encoder, vae.quant_conv).state_dict()
+    return weights, replace(config, encoder_json=json.dumps(about))
+
+
 def build_model(config, autoencoder, sd):
     """LDMSeg with the trained autoencoder and Stable Diffusion's weights where `sd` names them."""
     encoder_weights = None
@@ -52,9 +78,9 @@ def build_model(config, autoencoder, sd):
     if sd != "none":
         load_sd_unet(model.unet, sd)
         model.unet.time_embedding.requires_grad_(not config.freeze_time)
-    elif is_main() and config.preset == "paper":
+    elif is_main() and (config.preset == "paper" or config.image_encoder == "sd"):
         print("--sd none: the UNet starts from RANDOM weights"
-              + ", so does the image encoder" * (config.image_encoder == "sd"))
+              + ", the frozen image encoder STAYS random" * (config.image_encoder == "sd"))
     return model
 
 
@@ -104,7 +130,10 @@ def main(argv=None):
     autoencoder = getattr(autoencoder, "autoencoder", autoencoder)  # of either stage
     ae_config = autoencoder.config
     config = inherit_autoencoder(training_config(args, "ldm"), ae_config, ae, args.set)
-    config = replace(config, image_encoder=args.image_encoder or config.image_encoder)
+    if args.image_encoder:  # with its own scale, unless --set says another
+        scale = [assignment for assignment in args.set if assignment.startswith("image_scale=")]
+        config = replace(config, image_encoder=args.image_encoder,
+                         image_scale=override(Config(), scale).image_scale)
     train, val = training_data(args, config.size)
     stream = TrainingStream(train, config, args.seed)
 
@@ -117,8 +146,9 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     weights = b"".join(v.cpu().numpy().tobytes() for v in autoencoder.state_dict().values())
-    settings = run_settings(args, config) | {"--ae": f"with checksum {zlib.crc32(weights):08x}"}
-    start, steps = resume_run(args.out, settings, state, args.fresh), config.ldm_steps
+    others = {"--ae": f"with checksum {zlib.crc32(weights):08x}",
+              "--sd": "none" if sd == "none" else "pretrained"}
+    (start, settings), steps = resume_run(args, config, state, **others), config.ldm_steps
     if start >= steps:
         return is_main() and print(f"finished at step {start}; --fresh starts over")
     loader = training_loader(stream, config.ldm_batch, args.accumulate, start, steps, args.workers)
@@ -126,7 +156,8 @@ def main(argv=None):
         model.unet.enable_gradient_checkpointing()
     if config.compile:
         model.unet.compile()
-    net = DistributedDataParallel(model) if dist.is_initialized() else model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) \
+        if dist.is_initialized() else model
 
     meter, batches = Meter(), iter(loader)
     for step in progress(range(start, steps), steps, "stage 2", start):

@@ -25,6 +25,7 @@ import train_ldm
 import transformers
 from conftest import ae_command, fill_by_rule, ldm_command, relative_error, small_config
 from ldmseg import PRESETS, Config, LDMSeg, MaskAutoencoder, load_model, load_official
+from safetensors.torch import load_file, save_file
 from test_distributed import ConvUNet
 
 VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
@@ -99,7 +100,7 @@ def dinov2(tmp_path_factory):
     model.embeddings.position_embeddings.data = gaussian(1, 17, 32)
     model.save_pretrained(folder)
     ours = small_config(image_encoder="dinov2", dinov2=str(folder))
-    weights, ours = ldmseg.pretrained_encoder(ours, "none")
+    weights, ours = train_ldm.pretrained_encoder(ours, "none")
     encoder = ldmseg.ImageEncoder(ours).eval()
     encoder.layers.load_state_dict(weights)
     return SimpleNamespace(model=model, folder=folder, encoder=encoder)
@@ -358,14 +359,25 @@ def test_frozen_encoders_never_run_in_float16(sd_folder, dinov2, kind):
     seen, image = [], gaussian(1, 3, 32, 32)
     hook = encoder.layers.register_forward_pre_hook(lambda *_: seen.append(
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")))
-    with torch.autocast("cpu", torch.float16):
-        assert encoder(image).dtype == torch.float32
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert encoder(image).dtype == torch.float32
     encoder(image)
     hook.remove()
-    assert seen == [torch.bfloat16, False]
+    assert seen == [False, torch.bfloat16, False]
 
 
 # ---- DINOv2 ----
+
+
+def test_a_folder_that_lacks_weights_is_refused(data, tiny_run, dinov2, tmp_path):
+    dinov2.model.save_pretrained(tmp_path / "dinov2")
+    tensors = load_file(tmp_path / "dinov2" / "model.safetensors")
+    del tensors["layernorm.weight"]
+    save_file(tensors, tmp_path / "dinov2" / "model.safetensors", {"format": "pt"})
+    command = ldm_command(data, tiny_run.ae, tmp_path / "run", f"dinov2={tmp_path / 'dinov2'}")
+    with pytest.raises(ValueError, match="it lacks 1 weights, the first layernorm.weight"):
+        train_ldm.main([*command, "--image-encoder", "dinov2"])
 
 
 @torch.no_grad()
@@ -644,8 +656,11 @@ def test_a_hub_id_that_cannot_be_reached_is_named(
 
 
 @pytest.mark.parametrize("main", [train_ldm.main, sample.main])
-def test_fp16_on_cpu_is_refused(complaint, main):
-    line = complaint(main, "--device", "cpu", "--amp", "fp16")
+def test_fp16_on_cpu_is_refused(complaint, data, tiny_run, tmp_path, main):
+    command = ["--weights", tiny_run.ldm, "--out", tmp_path, "--device", "cpu"]
+    if main == train_ldm.main:
+        command = ldm_command(data, tiny_run.ae, tmp_path)
+    line = complaint(main, *command, "--amp", "fp16")
     assert "--amp fp16" in line and "bf16" in line
 
 
@@ -659,15 +674,15 @@ class Trap:
         return open, (self.path, "w")
 
 
-def test_a_file_that_needs_code_is_refused_and_not_run(complaint, tmp_path):
+def test_a_file_that_needs_code_is_refused_and_not_run(complaint, data, tmp_path):
     torch.save({"vae": {"encoder.0.weight": Trap(str(tmp_path / "ran"))}}, tmp_path / "ae.pt")
-    line = complaint(train_ldm.main, "--ae", tmp_path / "ae.pt", "--device", "cpu")
+    line = complaint(train_ldm.main, *ldm_command(data, tmp_path / "ae.pt", tmp_path / "run"))
     assert line.startswith(f"{tmp_path}/ae.pt: ") and "code" in line and "refused" in line
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\3\4" + bytes(99)])
-def test_a_file_that_is_no_checkpoint_is_named(complaint, tmp_path, content):
+def test_a_file_that_is_no_checkpoint_is_named(complaint, data, tmp_path, content):
     (tmp_path / "ae.pt").write_bytes(content)
-    line = complaint(train_ldm.main, "--ae", tmp_path / "ae.pt", "--device", "cpu")
+    line = complaint(train_ldm.main, *ldm_command(data, tmp_path / "ae.pt", tmp_path / "run"))
     assert line.startswith(f"{tmp_path}/ae.pt: ")

@@ -93,6 +93,23 @@ def test_the_moving_average_warms_up_to_its_decay():
     assert averages == pytest.approx([0, 9, 9 / 4, 9 / 16])
 
 
+def test_the_moving_average_keeps_one_copy_of_frozen_weights_and_of_all_where_it_is_off():
+    for decay, shared in ((0.9, [False, True]), (0, [True, True])):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+        ema = make_ema(model, decay)
+        nn.init.constant_(model[0].weight, 5.0)
+        for _ in range(2):
+            ema.update_parameters(model)
+        pairs = zip(ema.module, model)
+        assert [a.weight.data_ptr() == w.weight.data_ptr() for a, w in pairs] == shared
+        torch.testing.assert_close(ema.module[0].weight, model[0].weight)
+
+
+def test_a_kl_weight_without_gaussian_latents_is_an_error():
+    with pytest.raises(ValueError, match="kl_weight is 0.1, which needs latents=gaussian"):
+        Config(kl_weight=0.1)
+
+
 # ---- numbers and files ----
 
 

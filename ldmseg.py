@@ -120,6 +120,12 @@ class Config:
             if getattr(self, name) not in values:
                 expected = values if isinstance(values, tuple) else f"{values[0]}, {values[1]}, ..."
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        levels = dict(ae_widths=4, stem_widths=3, unet_attention=len(self.unet_widths))
+        for name, count in levels.items():
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {count} numbers")
+        if self.ae_widths[-1] % 32:
+            raise ValueError(f"ae_widths end in {self.ae_widths[-1]}, expected a multiple of 32")
         if self.kl_weight and self.latents != "gaussian":
             raise ValueError(f"kl_weight is {self.kl_weight}, which needs latents=gaussian")
 
@@ -1452,9 +1458,11 @@ def resume_run(args, config, state, **others):
     for name, part in state.items():
         if checkpoint[name]:  # a scaler that was off has no state
             part.load_state_dict(checkpoint[name])
-    if is_main() and log.exists():  # forget what was logged after the checkpoint
-        lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(x for x in lines if json.loads(x)["step"] <= checkpoint["step"]))
+    if is_main() and log.exists():  # forget what was logged after the checkpoint, or half a line
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        lines = [line for line in lines if json.loads(line)["step"] <= checkpoint["step"]]
+        with replacing(log) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines))
     return checkpoint["step"], settings
 
 
@@ -1569,6 +1577,8 @@ def predict_dataset(logits_of, dataset, config, device, seed=0, workers=0, limit
     image's noise seed and ids depend on `seed` and its image id only.
     """
     rank, world = rank_and_world()
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}, expected at least 1")
     indices = range(rank, min(len(dataset), limit or len(dataset)), world)
     batch_size = min(16, max(1, 2**20 // config.size**2))
     loader = DataLoader(Subset(dataset, indices), batch_size, num_workers=workers, collate_fn=list)

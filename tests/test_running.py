@@ -17,9 +17,9 @@ from ldmseg import (
 
 
 def test_set_converts_to_the_fields_type():
-    config = override(Config(), ["bits=7", "ae_lr=1e-3", "ae_widths=8,16", "prediction=eps"])
+    config = override(Config(), ["bits=7", "ae_lr=1e-3", "ae_widths=8,16,32,32", "prediction=eps"])
     changed = config.bits, config.ae_lr, config.ae_widths, config.prediction
-    assert changed == (7, 1e-3, (8, 16), "eps")
+    assert changed == (7, 1e-3, (8, 16, 32, 32), "eps")
 
 
 @pytest.mark.parametrize("assignment, message", [
@@ -103,6 +103,17 @@ def test_the_moving_average_keeps_one_copy_of_frozen_weights_and_of_all_where_it
         pairs = zip(ema.module, model)
         assert [a.weight.data_ptr() == w.weight.data_ptr() for a, w in pairs] == shared
         torch.testing.assert_close(ema.module[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"ae_widths": (8, 16, 32)}, r"ae_widths is \(8, 16, 32\), expected 4 numbers"),
+    ({"ae_widths": (8, 16, 32, 40)}, "ae_widths end in 40, expected a multiple of 32"),
+    ({"stem_widths": (8,)}, "expected 3 numbers"),
+    ({"unet_attention": (1,)}, "expected 2 numbers"),
+])  # fmt: skip
+def test_widths_that_do_not_fit_are_an_error(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**fields)
 
 
 def test_a_kl_weight_without_gaussian_latents_is_an_error():

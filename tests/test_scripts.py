@@ -113,7 +113,7 @@ def test_a_finished_run_says_so_and_stays(capsys, data, tiny_run, stage):
 def test_a_resumed_run_forgets_what_was_logged_after_its_checkpoint(tmp_path, data, tiny_run):
     run = shutil.copytree(tiny_run.ae, tmp_path / "run")
     before = (run / "log.jsonl").read_text()
-    (run / "log.jsonl").write_text(before + '{"step": 3, "loss": 1.0}\n')
+    (run / "log.jsonl").write_text(before + '{"step": 3, "loss": 1.0}\n{"step": 1, "lo')
     train_ae.main(ae_command(data, run))
     assert (run / "log.jsonl").read_text() == before
 
@@ -379,7 +379,7 @@ def test_a_bad_flag_of_train_ae_is_named_in_one_line(complaint, data, tmp_path, 
 @pytest.mark.parametrize("flags, field", [
     (["--set", "ae_lr=1"], "ae_lr 0.002, this command 1.0"),
     (["--set", "bits=4"], "bits 3, this command 4"),
-    (["--preset", "paper"], "preset tiny, this command paper"),
+    (["--preset", "paper", "--set", "unet_attention=1,1"], "preset tiny, this command paper"),
     (["--batch-size", "8"], "ae_batch 4, this command 8"),
     (["--seed", "1"], "seed 0, this command 1"),
     (["--data", "shapes"], "data"),
@@ -433,7 +433,7 @@ def test_stage_2_takes_the_autoencoders_shape_from_its_weights(data, tiny_run, t
     (["nowhere.jpg"], "nowhere.jpg: no such image file"),
     (["nowhere.jpg", "--data", "shapes"], "both image files and --data"),
     (["--steps", "0"], "0 sampling steps, expected 1 to 1000"),
-    (["--steps", "1001"], "1001 sampling steps"),
+    (["--steps", "1001"], "1001 sampling steps"), (["--limit", "-1"], "--limit -1, expected at"),
 ])  # fmt: skip
 def test_a_bad_flag_of_sample_is_named_in_one_line(complaint, tiny_run, tmp_path, flags, message):
     command = sample_command(tiny_run.ldm, tmp_path / "out", *flags)

@@ -1,8 +1,10 @@
-"""Speed, run by hand: python tests/bench.py scenes | pq | paper
+"""Speed, run by hand: python tests/bench.py scenes | pq | paper | device
 
 scenes  generated scenes per second in one process, at 64 and 256 pixels
 pq      Panoptic Quality of 640x480 pairs with 12 segments: times and their ratios, one thread
 paper   one training step of each stage at the paper's size, random weights: time, peak memory
+device  the paper's model in bf16 on a GPU (without one: tiny, a rehearsal): images per second and
+        peak memory of both stages by batch size, with checkpointing, compiled; sampling times
 """
 
 import json
@@ -30,7 +32,7 @@ from torchvision.io import decode_png, read_file  # noqa: E402
 
 from ldmseg import (  # noqa: E402
     PRESETS, SD_VAE, LDMSeg, MaskAutoencoder, PanopticQuality, ShapeScenes, ae_loss,
-    candidate_coords, id2rgb, make_optimizer, read_image, segments_of,
+    candidate_coords, id2rgb, make_optimizer, read_image, seeded_noise, segments_of,
 )  # fmt: skip
 
 
@@ -210,9 +212,80 @@ def stage_2():
     assert all(p.grad is not None for p in model.unet.parameters())
 
 
+CUDA = torch.cuda.is_available()
+
+
+def seconds(function, rounds=5):
+    """Mean time of a call after two that warm up."""
+    for call in range(rounds + 2):
+        if call == 2:
+            torch.cuda.synchronize() if CUDA else None
+            start = time.perf_counter()
+        function()
+    torch.cuda.synchronize() if CUDA else None
+    return (time.perf_counter() - start) / rounds
+
+
+def by_batch_size(name, make_step, batches):
+    """Images per second and peak memory of make_step(batch size)(), until memory is full."""
+    for batch in batches:
+        try:
+            torch.cuda.reset_peak_memory_stats() if CUDA else None
+            rate = batch / seconds(make_step(batch))
+        except torch.cuda.OutOfMemoryError:
+            return print(f"{name}, batch {batch}: out of memory")
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if CUDA else "not on a GPU"
+        print(f"{name}, batch {batch}: {rate:.2f} images per second, peak {peak}", flush=True)
+
+
+def device():
+    kind = "cuda" if CUDA else "cpu"
+    config = replace(PRESETS["paper" if CUDA else "tiny"], encoder_json=json.dumps(SD_VAE),
+                     mask_scale=0.18215)
+    batches = (1, 2, 4, 8, 16, 32, 64) if CUDA else (2,)
+
+    def trainer(model, loss_of):
+        optimizer = make_optimizer(model, 1e-4, config)
+
+        def make_step(batch):
+            ids = torch.ones(batch, config.size, config.size, dtype=torch.long, device=kind)
+            image = torch.rand(batch, 3, config.size, config.size, device=kind)
+            eps = seeded_noise(range(batch), config, kind)
+
+            def step():
+                with torch.autocast(kind, torch.bfloat16):
+                    loss = loss_of(image, ids, eps)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            return step
+
+        return make_step
+
+    autoencoder = MaskAutoencoder(config).to(kind)
+    by_batch_size("stage 1", trainer(autoencoder, lambda image, ids, eps: ae_loss(
+        autoencoder(ids, eps)[0], ids, candidate_coords(range(len(ids)), config.points, kind),
+        config.points)[0]), batches)
+    for option in ("plain", "checkpointing", "compile"):
+        model = LDMSeg(config).to(kind)
+        if option == "checkpointing":
+            model.unet.enable_gradient_checkpointing()
+        if option == "compile":
+            model.unet.compile()
+        by_batch_size(f"stage 2, {option}", trainer(model, lambda image, ids, eps, m=model: m(
+            image, ids, eps, torch.full((len(ids),), 500, device=kind), False)), batches)
+    for batch in (1, 16):
+        image = torch.rand(batch, 3, config.size, config.size, device=kind)
+        for steps in (1, 4, 10, 20, 50):
+            with torch.autocast(kind, torch.bfloat16):
+                time_of = seconds(lambda: model.sample(image, range(batch), steps), rounds=2)
+            print(f"sampling, batch {batch}, {steps} steps: {time_of / batch:.3f} s per image")
+
+
 if __name__ == "__main__":
     benchmarks = {"scenes": scenes, "pq": pq, "paper": paper, "stage_1": stage_1,
-                  "stage_2": stage_2}
+                  "stage_2": stage_2, "device": device}
     if sys.argv[1:] not in [[name] for name in benchmarks]:
         sys.exit(__doc__)
     benchmarks[sys.argv[1]]()

@@ -586,7 +586,7 @@ def sharded(tmp_path_factory, data, tiny_run):
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     ranks = mp.spawn(train_on_rank, (port, folder, data, tiny_run.ae), nprocs=2, join=False)
-    give_up = time.time() + 120
+    give_up = time.time() + 240
     while not ranks.join(1):
         if time.time() > give_up:
             for process in ranks.processes:

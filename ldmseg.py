@@ -489,7 +489,8 @@ def build_unet(config, image_channels, cross_attention=0):
 
 def from_pretrained(kind, path, subfolder=""):
     """A diffusers or transformers model of class `kind` from a folder or the hub, in float32."""
-    if Path(path).is_dir() and not Path(path, subfolder, "config.json").exists():
+    here = Path(path).exists() or Path(path).is_absolute()
+    if here and not Path(path, subfolder, "config.json").exists():
         raise FileNotFoundError(f"{path}: no {Path(subfolder, 'config.json')}, expected the folder "
                                 f"of a pretrained {kind.__name__}")
     try:
@@ -499,9 +500,9 @@ def from_pretrained(kind, path, subfolder=""):
         if missing := set(info["missing_keys"]) - {"embeddings.mask_token"}:
             raise ValueError(f"it lacks {len(missing)} weights, the first {min(missing)}")
         return model.float()
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever these libraries raise
         raise ValueError(f"{path}: no {kind.__name__} could be loaded from this folder or hub id "
-                         f"({str(error).splitlines()[0]})") from None
+                         f"({' '.join(str(error).split())[:200]})") from None
 
 
 def load_sd_unet(unet, path):
@@ -513,12 +514,14 @@ def load_sd_unet(unet, path):
     """
     from diffusers import UNet2DConditionModel
 
+    def plain(value):  # JSON has lists and null where Python has tuples and False
+        return list(value) if isinstance(value, tuple) else value or None
+
     pretrained = from_pretrained(UNet2DConditionModel, path, "unet")
     expected = dict(unet.config) | {"in_channels": unet.config.out_channels}
-    for name in ("in_channels", "block_out_channels", "layers_per_block", "attention_head_dim",
-                 "down_block_types", "use_linear_projection"):
-        theirs, ours = pretrained.config[name], expected[name]
-        if theirs != ours and list(np.atleast_1d(theirs)) != list(np.atleast_1d(ours)):
+    for name in sorted(expected.keys() - {"sample_size", "cross_attention_dim"}):
+        theirs, ours = pretrained.config.get(name), expected[name]
+        if name[0] != "_" and plain(theirs) != plain(ours):
             raise ValueError(f"{path}: its UNet has {name} {theirs}, expected {ours}; the paper's "
                              "preset fits Stable Diffusion v1, not v2 or XL")
     tensors = pretrained.state_dict()
@@ -1520,7 +1523,8 @@ def load_official(path, unet_config=None):
         reason = "code in it would have to run, which is refused"
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    raise ValueError(f"{path}: not a file of tensors as the authors released ({reason})")
+    raise ValueError(f"{path}: not a file of tensors as the authors released ({reason}); a run of "
+                     "these scripts is given by its folder")
 
 
 def load_model(path, device="cpu", kind=nn.Module):

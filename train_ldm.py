@@ -49,8 +49,9 @@ def pretrained_encoder(config, sd):
     sd: Stable Diffusion's folder or hub id, or "none": its architecture with random weights.
     """
     if config.image_encoder == "dinov2":
-        from transformers import Dinov2Model
+        from transformers import Dinov2Model, logging
 
+        logging.disable_progress_bar()
         model = from_pretrained(Dinov2Model, config.dinov2)
         if model.config.patch_size != 14:
             raise ValueError(f"{config.dinov2}: patches of {model.config.patch_size} pixels, "

@@ -634,6 +634,8 @@ XL = dict(block_out_channels=(32, 64, 64), up_block_types=("UpBlock2D",) * 3,
 @pytest.mark.parametrize("changes, message", [
     (dict(use_linear_projection=True), "use_linear_projection True, expected False"),
     (dict(attention_head_dim=(2, 4)), "attention_head_dim [2, 4], expected 2"),
+    (dict(norm_num_groups=16), "norm_num_groups 16, expected 32"),
+    (dict(act_fn="gelu"), "act_fn gelu, expected silu"),
     (XL, "block_out_channels [32, 64, 64], expected (32, 64)")])
 def test_another_version_of_stable_diffusion_is_told_what_differs(
         complaint, data, tiny_run, tmp_path, changes, message):

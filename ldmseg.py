@@ -568,6 +568,7 @@ class ImageEncoder(nn.Module):
             self.channels = self.layers.config.hidden_size
 
     def forward(self, image):
+        """Differentiable for "patch" only."""
         if self.kind == "patch":
             return self.layers(image)
         kind, (h, w) = image.device.type, [side // 8 for side in image.shape[-2:]]

@@ -40,7 +40,9 @@ def parse(argv):
     add("--image-encoder", choices=("patch", "sd", "dinov2"),
         help="patch: a small stem, trained; sd, dinov2: pretrained, frozen (default: paper sd,\n"
              "else patch); dinov2 is read from --set dinov2=DIR_OR_ID")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
+    return args
 
 
 def pretrained_encoder(config, sd):
@@ -85,25 +87,50 @@ def build_model(config, autoencoder, sd):
     return model
 
 
+def origin(autoencoder, sd):
+    """What a resumed run must share besides its Config: where the model started from."""
+    weights = b"".join(v.cpu().numpy().tobytes() for v in autoencoder.state_dict().values())
+    return {"--ae": f"with checksum {zlib.crc32(weights):08x}",
+            "--sd": "none" if sd == "none" else "pretrained"}
+
+
+def wrap(model, config):
+    """The model as the loop calls it: recomputing, compiled, distributed, where asked for."""
+    if config.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if config.compile:
+        model.unet.compile()
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
 def timesteps_of(seeds):
     """Uniform timesteps int64 (B,) in [0, T - 1], each from its sample's seed."""
     return torch.tensor([stable_seed("timestep", int(s)) * NoiseSchedule.T >> 32 for s in seeds])
 
 
-def inherit_autoencoder(config, ae_config, path, assignments):
-    """`config` with the codes, shape and scale of a trained autoencoder.
+def inherit_autoencoder(args):
+    """The trained autoencoder of --ae, and the Config with its codes, shape and scale.
 
     Raises ValueError where the two sizes differ or --set asks for another autoencoder.
     """
-    names = ("bits", "codes", "ae_widths", "latent_channels", "latents")
-    scale = config.mask_scale or ae_config.mask_scale * config.mask_std / ae_config.mask_std
-    inherited = replace(config, mask_scale=scale, **{n: getattr(ae_config, n) for n in names})
-    chosen = override(inherited, assignments)
+    path, config = args.ae or default_weights("runs/ae"), training_config(args, "ldm")
+    autoencoder = load_model(path)
+    autoencoder = getattr(autoencoder, "autoencoder", autoencoder)  # of either stage
+    theirs, names = autoencoder.config, ("bits", "codes", "ae_widths", "latent_channels", "latents")
+    scale = config.mask_scale or theirs.mask_scale * config.mask_std / theirs.mask_std
+    inherited = replace(config, mask_scale=scale, **{n: getattr(theirs, n) for n in names})
+    config = override(inherited, args.set)
     for name in (*names, "size"):
-        if getattr(chosen, name) != getattr(ae_config, name):
-            raise ValueError(f"--ae {path}: its {name} is {getattr(ae_config, name)}, expected "
-                             f"{getattr(chosen, name)}; train stage 1 with the same --set")
-    return chosen
+        if getattr(config, name) != getattr(theirs, name):
+            raise ValueError(f"--ae {path}: its {name} is {getattr(theirs, name)}, expected "
+                             f"{getattr(config, name)}; train stage 1 with the same --set")
+    if args.image_encoder:  # with its own scale, unless --set says another
+        scale = [assignment for assignment in args.set if assignment.startswith("image_scale=")]
+        config = replace(config, image_encoder=args.image_encoder,
+                         image_scale=override(Config(), scale).image_scale)
+    return autoencoder, config
 
 
 def evaluate(model, val, config, device, autocast, args):
@@ -126,41 +153,23 @@ def evaluate(model, val, config, device, autocast, args):
 def main(argv=None):
     args = parse(argv)
     device, autocast = setup_distributed(args.device, args.amp)
-    ae = args.ae or default_weights("runs/ae")
-    autoencoder = load_model(ae, device)
-    autoencoder = getattr(autoencoder, "autoencoder", autoencoder)  # of either stage
-    ae_config = autoencoder.config
-    config = inherit_autoencoder(training_config(args, "ldm"), ae_config, ae, args.set)
-    if args.image_encoder:  # with its own scale, unless --set says another
-        scale = [assignment for assignment in args.set if assignment.startswith("image_scale=")]
-        config = replace(config, image_encoder=args.image_encoder,
-                         image_scale=override(Config(), scale).image_scale)
+    autoencoder, config = inherit_autoencoder(args)
     train, val = training_data(args, config.size)
     stream = TrainingStream(train, config, args.seed)
 
     torch.manual_seed(args.seed)
-    sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
-    model = build_model(config, autoencoder, sd).to(device, memory_format=torch.channels_last)
+    model = build_model(config, autoencoder, args.sd).to(device, memory_format=torch.channels_last)
     config = model.config
     optimizer = make_optimizer(model, config.ldm_lr, config)
     ema = make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    weights = b"".join(v.cpu().numpy().tobytes() for v in autoencoder.state_dict().values())
-    others = {"--ae": f"with checksum {zlib.crc32(weights):08x}",
-              "--sd": "none" if sd == "none" else "pretrained"}
-    (start, settings), steps = resume_run(args, config, state, **others), config.ldm_steps
+    start, settings = resume_run(args, config, state, **origin(autoencoder, args.sd))
+    steps = config.ldm_steps
     if start >= steps:
         return is_main() and print(f"finished at step {start}; --fresh starts over")
     loader = training_loader(stream, config.ldm_batch, args.accumulate, start, steps, args.workers)
-    if config.checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    if config.compile:
-        model.unet.compile()
-    net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) \
-        if dist.is_initialized() else model
-
-    meter, batches = Meter(), iter(loader)
+    net, meter, batches = wrap(model, config), Meter(), iter(loader)
     for step in progress(range(start, steps), steps, "stage 2", start):
         # one coin per optimizer step, the same on all ranks
         coin = random.Random(stable_seed(args.seed, "coin", step)).random()

@@ -21,9 +21,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ldmseg import (
-    SAMPLERS, PanopticQuality, base_parser, default_weights, evaluate_pq, is_main, load_model,
-    open_dataset, predict_dataset, progress, rank_and_world, read_image, read_panoptic, run_script,
-    setup_distributed, write_json,
+    SAMPLERS, PanopticQuality, base_parser, default_weights, evaluate_pq, image_count, is_main,
+    load_model, open_dataset, predict_dataset, progress, rank_and_world, read_image,
+    read_panoptic, run_script, setup_distributed, write_json,
 )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def score_files(args):
     pairs = PanopticPairs(args.gt, args.pred, args.gt_dir, args.pred_dir, args.allow_missing,
                           args.class_agnostic)
     rank, world = rank_and_world()
-    images = min(len(pairs), args.limit or len(pairs))
+    images = image_count(pairs, args.limit)
     # batches are summed where they are made, in an order that no number of workers changes
     loader = DataLoader(Subset(pairs, range(rank, images, world)), 16, num_workers=args.workers,
                         collate_fn=add_up)
@@ -132,7 +132,7 @@ def score_files(args):
     if pixels and is_main():
         print(f"warning: {args.gt}: {pixels} pixels have an id that the JSON does not list; they "
               "belong to no segment and are not VOID", file=sys.stderr)
-    return metric.compute(), pairs.new_metric().categories, images
+    return metric.compute(), metric.categories, images
 
 
 def print_table(result, categories, per_class):
@@ -160,7 +160,7 @@ def score_weights(args):
     model = None if model is autoencoder else model
     dataset = open_dataset(args.data, args.split, args.images, config.size, "val")
     min_area = args.min_area if args.min_area is not None else config.min_area if model else 0
-    images = min(len(dataset), args.limit or len(dataset))
+    images = image_count(dataset, args.limit)
     for steps in args.steps if model else ():
         model.schedule.timesteps(steps)  # an impossible number of steps stops here
 

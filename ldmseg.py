@@ -43,6 +43,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save
 from scipy import ndimage
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.io import ImageReadMode, decode_png
 from torchvision.models.convnext import LayerNorm2d
@@ -996,13 +997,16 @@ class ShapeScenes(Dataset):
 def read_image(path):
     """Image file -> uint8 (H, W, 3). FileNotFoundError or ValueError that names the file."""
     try:
-        data = np.fromfile(path, np.uint8)
-        if data[:4].tobytes() != b"\x89PNG":
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
-        if data[24] == 16:
-            raise ValueError("16 bits per channel, expected 8")
-        rgb = decode_png(torch.from_numpy(data), ImageReadMode.RGB)  # faster than Pillow
+        with open(path, "rb") as file:
+            data = bytearray(file.read(25))
+            if not data.startswith(b"\x89PNG"):
+                with Image.open(path) as image:
+                    return np.asarray(image.convert("RGB"))
+            if data[24] == 16:
+                raise ValueError("16 bits per channel, expected 8")
+            data += file.read()
+        data = torch.frombuffer(data, dtype=torch.uint8)
+        rgb = decode_png(data, ImageReadMode.RGB)  # faster than Pillow
         return rgb.permute(1, 2, 0).numpy()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
@@ -1017,7 +1021,7 @@ def _panoptic_problems(data, categories, any_category):
     known = [c["id"] for c in categories]
     if len(set(known)) < len(known) or any(c["isthing"] not in (0, 1) for c in categories):
         yield f"categories {categories}, expected each id once and isthing 0 or 1"
-    images = Counter(a["image_id"] for a in data["annotations"])
+    images, allowed = Counter(a["image_id"] for a in data["annotations"]), set(known)
     for annotation in data["annotations"]:
         where, segments = f"image {annotation['image_id']}", annotation.get("segments_info")
         if segments is None or not isinstance(annotation.get("file_name"), str):
@@ -1031,7 +1035,7 @@ def _panoptic_problems(data, categories, any_category):
                 yield f"{where} has segment id {id!r}, expected 1 to 2^24 - 1"
             if ids[id] > 1:
                 yield f"{where} lists segment {id} {ids[id]} times, expected once"
-            if category not in known and not any_category:
+            if category not in allowed and not any_category:
                 yield f"{where}, segment {id} has category {category!r}, expected one of {known}"
 
 
@@ -1306,6 +1310,13 @@ def setup_distributed(device=None, amp=None):
     return device, partial(torch.autocast, device.type, dtype, enabled=amp != "off")
 
 
+def distribute(model):
+    """The model as a training loop calls it: DDP's under torchrun, else itself."""
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
 def progress(iterable, total, description, start=0):
     """A progress bar on rank 0 and only on a terminal."""
     return tqdm(iterable, description, total, initial=start, leave=False,
@@ -1574,6 +1585,13 @@ def log_line(out, **values):
         print("  ".join(words), flush=True)
 
 
+def image_count(dataset, limit):
+    """How many images of a data set count: all, or the first `limit`."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}, expected at least 1")
+    return min(len(dataset), limit or len(dataset))
+
+
 @torch.no_grad()
 def predict_dataset(logits_of, dataset, config, device, seed=0, workers=0, limit=None):
     """Run a model over this rank's share of a data set; yields (index, record, logits) per image.
@@ -1582,9 +1600,7 @@ def predict_dataset(logits_of, dataset, config, device, seed=0, workers=0, limit
     image's noise seed and ids depend on `seed` and its image id only.
     """
     rank, world = rank_and_world()
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit}, expected at least 1")
-    indices = range(rank, min(len(dataset), limit or len(dataset)), world)
+    indices = range(rank, image_count(dataset, limit), world)
     batch_size = min(16, max(1, 2**20 // config.size**2))
     loader = DataLoader(Subset(dataset, indices), batch_size, num_workers=workers, collate_fn=list)
     done = 0

@@ -12,15 +12,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, candidate_coords, colorize,
-    evaluate_pq, is_main, learning_rate, log_line, make_ema, make_optimizer, postprocess, progress,
-    resume_run, run_script, save_grid, save_run, seeded_noise, setup_distributed,
-    training_config, training_data, training_loader, training_parser,
+    MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, candidate_coords,
+    colorize, distribute, evaluate_pq, is_main, learning_rate, log_line, make_ema,
+    make_optimizer, postprocess, progress, resume_run, run_script, save_grid, save_run,
+    seeded_noise, setup_distributed, training_config, training_data, training_loader,
+    training_parser,
 )  # fmt: skip
 
 
@@ -74,17 +73,16 @@ def main(argv=None):
     if start >= steps:
         return is_main() and print(f"finished at step {start}; --fresh starts over")
     loader = training_loader(stream, config.ae_batch, args.accumulate, start, steps, args.workers)
-    net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) \
-        if dist.is_initialized() else model
 
-    meter, batches = Meter(), iter(loader)
+    net, meter, batches = distribute(model), Meter(), iter(loader)
+    gaussian = config.latents == "gaussian"
     for step in progress(range(start, steps), steps, "stage 1", start):
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
             ids = batch["ids"].to(device, non_blocking=True)
             coords = candidate_coords(batch["seed"], config.points, device)
-            eps = seeded_noise(batch["seed"], config, device)
+            eps = seeded_noise(batch["seed"], config, device) if gaussian else None
             with autocast():
                 logits, kl = net(ids, eps)  # (B, N, H/2, W/2)
                 loss, parts = ae_loss(logits, ids, coords, config.points)

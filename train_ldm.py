@@ -15,17 +15,15 @@ import zlib
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
     SD_VAE, Config, LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize, default_weights,
-    evaluate_pq, from_pretrained, is_main, learning_rate, load_model, load_sd_unet, log_line,
-    make_ema, make_optimizer, override, progress, resume_run, run_script, save_grid, save_run,
-    seeded_noise, setup_distributed, stable_seed, training_config, training_data, training_loader,
-    training_parser,
+    distribute, evaluate_pq, from_pretrained, is_main, learning_rate, load_model, load_sd_unet,
+    log_line, make_ema, make_optimizer, override, progress, resume_run, run_script, save_grid,
+    save_run, seeded_noise, setup_distributed, stable_seed, training_config, training_data,
+    training_loader, training_parser,
 )  # fmt: skip
 
 
@@ -100,9 +98,7 @@ def wrap(model, config):
         model.unet.enable_gradient_checkpointing()
     if config.compile:
         model.unet.compile()
-    if not dist.is_initialized():
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return distribute(model)
 
 
 def timesteps_of(seeds):

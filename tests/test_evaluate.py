@@ -482,6 +482,10 @@ def test_gt_needs_pred_and_no_weights(complaint, flags):
     assert complaint(flags) == "expected --gt and --pred together, without --weights"
 
 
+def test_a_limit_below_1_is_named(small, complaint):
+    assert complaint(files(small, "--limit", "-1")) == "--limit -1, expected at least 1"
+
+
 # ---- what sample.py writes ----
 
 

@@ -16,6 +16,7 @@ Ids: int64 maps in [0, N-1]; 0 is VOID (unlabelled: never a target, never counte
     Eq. 3  forward process               NoiseSchedule.add_noise, inverse: .predict_x0
     Eq. 4  noise loss (Alg. 1)           LDMSeg.diffusion_loss, NoiseSchedule.weights
     Eq. 5  DDIM step (Alg. 2)            LDMSeg.denoise
+    Alg. 3 mask inpainting               LDMSeg.inpaint
     Supp. A post-processing              postprocess
 """
 
@@ -80,6 +81,7 @@ class Config:
     prediction: str = "v"  # what the UNet predicts: "eps" (paper) or "v"
     loss_weights: str = "paper"  # over the timesteps: "paper", "released" or "none"
     self_condition: float = 0.5  # share of the training steps with self-conditioning
+    given: float = 0.0  # share of the training samples with given parts of the mask (Sec. 3.3)
     image_encoder: str = "patch"  # or, pretrained and frozen, "sd" (paper) or "dinov2"
     dinov2: str = "facebook/dinov2-base"  # folder or hub id
     encoder_json: str = ""  # architecture of a pretrained image encoder, filled in when loaded
@@ -585,7 +587,7 @@ class ImageEncoder(nn.Module):
             return tokens.float().mT.unflatten(2, (h, w))
 
 
-# ---- 7-8. The model: its loss (Eq. 4, Alg. 1) and its sampler (Eq. 5, Alg. 2) ------------------
+# ---- 7-9. The model: its loss (Eq. 4, Alg. 1), sampler (Eq. 5, Alg. 2), inpainting (Alg. 3) -----
 
 SAMPLERS = {"ddim": 0.0, "ddpm": 1.0}  # the value of eta
 
@@ -630,11 +632,12 @@ class LDMSeg(nn.Module):
         signal, noise = self.schedule.signal_and_noise(t)
         return output, signal * z_t - noise * output, noise * z_t + signal * output
 
-    def diffusion_loss(self, image, ids, eps, t, self_condition):
+    def diffusion_loss(self, image, ids, eps, t, self_condition, known=None):
         """Eq. 4: weighted squared error of the prediction, over cells that are not VOID.
 
         image (B, 3, H, W), ids int64 (B, H, W), eps (B, 4, h, w) Gaussian, t int64 (B,),
         self_condition: make a first estimate of x0 without gradient and feed it (Analog Bits).
+        known bool (B, H, W): pixels given as in `inpaint` (the finetuning that Sec. 3.3 suggests).
         NOTE: Alg. 1 sums over C, h, w; here a mean, like the released code, because clipping and
         the learning rate then do not depend on the resolution. The weights multiply the error of
         what is predicted: with v, they are not those of the paper's noise error.
@@ -642,10 +645,13 @@ class LDMSeg(nn.Module):
         x0 = self.encode_mask(ids)  # (B, 4, h, w)
         z_image = self.encode_image(image)
         z_t = self.schedule.add_noise(x0, eps, t)
+        given, partly, _ = self.give(ids, known)
         x0_previous = torch.zeros_like(z_t)
         if self_condition:
             with torch.no_grad():
-                x0_previous = self.predict(z_t, z_image, x0_previous, t)[1]
+                hint = torch.where(partly, given, x0_previous)
+                x0_previous = self.predict(z_t, z_image, hint, t)[1]
+        x0_previous = torch.where(partly, given, x0_previous)
         output = self.predict(z_t, z_image, x0_previous, t)[0]
         target = eps
         if self.config.prediction == "v":
@@ -659,17 +665,41 @@ class LDMSeg(nn.Module):
 
     forward = diffusion_loss  # what DDP calls
 
-    def denoise(self, z_image, noise, steps, eta=0.0, seeds=()):
-        """Alg. 2. Yields the predicted x0 (B, 4, h, w), scaled, after each step.
+    def give(self, ids, known, known_share=1.0):
+        """What a partial mask says of the latents (Alg. 3).
+
+        ids int64 (B, H, W); known bool (B, H, W): its pixels that count, if not VOID; the others
+        are zero in the codes. None: nothing is known. Returns latents (B, 4, h, w), scaled, and
+        two masks (B, 1, h, w): the cells that know any pixel, and those that know at least
+        `known_share` of theirs.
+        """
+        if known is None:
+            nothing = torch.zeros(3, device=self.loss_weights.device)
+            return nothing[0], *nothing[1:].bool()
+        known = known & (ids != VOID)
+        share = F.avg_pool2d(known.float()[:, None], 8)
+        return self.encode_mask(ids * known), share > 0, share >= known_share
+
+    def denoise(self, z_image, noise, steps, eta=0.0, seeds=(), give=None, repeats=1):
+        """Alg. 2, and 3. Yields the predicted x0 (B, 4, h, w), scaled, after each step.
 
         eta 0: DDIM, deterministic; eta 1: DDPM (ancestral sampling), which draws fresh noise in
-        each step, an image's from its seed.
+        each step, an image's from its seed. give, repeats: see `inpaint`.
         """
+        def fresh_noise(*step):
+            keys = [stable_seed(int(seed), *step) for seed in seeds]
+            return seeded_noise(keys, self.config, noise.device)
+
+        given, partly, known = give or self.give(None, None)
         z_t, x0 = noise, torch.zeros_like(noise)
         timesteps = self.schedule.timesteps(steps)
         for now, after in zip(timesteps, timesteps[1:] + [None]):
             t = torch.full((len(noise),), now, device=noise.device)
-            _, x0, eps = self.predict(z_t, z_image, x0, t)
+            for repeat in range(repeats):
+                if repeat:
+                    z_t = self.schedule.add_noise(x0, fresh_noise(now, repeat), t)
+                _, x0, eps = self.predict(z_t, z_image, torch.where(partly, given, x0), t)
+                x0 = torch.where(known, given, x0)
             yield x0
             if after is None:
                 return
@@ -679,8 +709,7 @@ class LDMSeg(nn.Module):
                            * (1 - alpha_bar / alpha_bar_next)).sqrt()
             z_t = alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next - fresh**2).sqrt() * eps
             if eta:
-                seeds = [stable_seed(int(seed), after) for seed in seeds]
-                z_t = z_t + fresh * seeded_noise(seeds, self.config, z_t.device)
+                z_t = z_t + fresh * fresh_noise(after)
 
     @torch.no_grad()
     def sample(self, image, seeds, steps, eta=0.0):
@@ -689,23 +718,47 @@ class LDMSeg(nn.Module):
         *_, x0 = self.denoise(self.encode_image(image), noise, steps, eta, seeds)
         return self.decode_mask(x0)
 
+    @torch.no_grad()
+    def inpaint(self, image, ids, known, seeds, steps, known_share=1.0, repeats=1):
+        """Alg. 3: completes partial masks. Returns logits (B, N, H/2, W/2), latents (B, 4, h, w).
+
+        ids int64 and known bool (B, H, W): see `give`. Cells of which at least `known_share` is
+        known keep their given latents; those that know less hint at x0 in self-conditioning.
+        repeats: passes over each timestep, the noise drawn anew between them, so that the unknown
+        cells come to agree with the known ones (RePaint; Alg. 3: 1).
+        """
+        noise = seeded_noise(seeds, self.config, image.device)
+        *_, x0 = self.denoise(self.encode_image(image), noise, steps, 0.0, seeds,
+                              self.give(ids, known, known_share), repeats)
+        return self.decode_mask(x0), x0
+
 
 # ---- 10. Logits -> segments (Supp. A) ----------------------------------------------------------
+
+
+def probabilities(logits, size):
+    """Logits of one image (N, H/2, W/2) -> softmax (N, height, width), upsampled by 2, then to
+    `size` = (height, width)."""
+    up = dict(mode="bilinear", align_corners=False)
+    logits = F.interpolate(logits[None].float(), scale_factor=2, **up)
+    return F.interpolate(logits, size=size, **up)[0].softmax(0)
 
 
 def postprocess(logits, size, mask_threshold, min_area):
     """Logits of one image (N, H/2, W/2) -> ids int64 (height, width), on the logits' device.
 
-    Upsampled by 2, then to `size` = (height, width); softmax; pixels less confident than
-    `mask_threshold` and segments smaller than `min_area` pixels become VOID.
-    NOTE: the released code's extra filter on overlaps is not used, because the paper has none.
+    Pixels less confident than `mask_threshold` and segments smaller than `min_area` pixels become
+    VOID. NOTE: the released code's extra filter on overlaps is not used: the paper has none.
     """
-    up = dict(mode="bilinear", align_corners=False)
-    logits = F.interpolate(logits[None].float(), scale_factor=2, **up)
-    confidence, ids = F.interpolate(logits, size=size, **up)[0].softmax(0).max(0)
+    confidence, ids = probabilities(logits, size).max(0)
     ids[confidence < mask_threshold] = VOID
-    small = torch.bincount(ids.flatten(), minlength=len(logits[0])) < min_area
+    small = torch.bincount(ids.flatten(), minlength=len(logits)) < min_area
     return ids.masked_fill(small[ids], VOID)
+
+
+def segment(logits, size, config):
+    """`postprocess` with the thresholds of the weights, as a NumPy map."""
+    return postprocess(logits, size, config.mask_threshold, config.min_area).cpu().numpy()
 
 
 # ---- 11. Metrics: Panoptic Quality (Kirillov et al., 2019) -------------------------------------
@@ -1157,6 +1210,35 @@ def prepare(record, config, generator, augment):
     return {"image": image.float() / 127.5 - 1, "ids": ids}
 
 
+def keep_blocks(ids, seed, block, rate):
+    """Which pixels of a map (s, s) are known when random blocks are dropped, bool (Fig. 9)."""
+    cells = -(-len(ids) // block)
+    kept = np.random.default_rng([seed, block]).random((cells, cells)) >= rate
+    return kept.repeat(block, 0).repeat(block, 1)[: len(ids), : len(ids)]
+
+
+def keep_strokes(ids, seed, count=3):
+    """Which pixels of a map (s, s) are known after `count` straight strokes between random pixels
+    of each segment, bool; where a stroke leaves its segment, it lifts."""
+    rng, known = np.random.default_rng(seed), np.zeros(ids.shape, bool)
+    way = np.linspace(0, 1, 2 * len(ids))[:, None]
+    for id in np.setdiff1d(ids, [VOID]):
+        for start, end in rng.choice(np.argwhere(ids == id), (count, 2)):
+            y, x = (start + way * (end - start)).round().astype(int).T
+            known[y, x] |= ids[y, x] == id
+    return known
+
+
+def keep_some(ids, seed, share):
+    """What training gives of a map: with probability `share` blocks or strokes, else nothing."""
+    rng = np.random.default_rng(seed)
+    if rng.random() >= share:
+        return np.zeros(ids.shape, bool)
+    if rng.random() < 0.2:
+        return keep_strokes(ids, seed, rng.integers(1, 6))
+    return keep_blocks(ids, seed, len(ids) >> rng.integers(1, 6), rng.uniform(0.1, 0.95))
+
+
 class TrainingStream(Dataset):
     """The endless order of training samples: position p -> a prepared sample and its noise seed.
 
@@ -1182,7 +1264,9 @@ class TrainingStream(Dataset):
         record = self.datasets[turn][self._order(turn, epoch)[place]]
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "sample", position))
         sample = prepare(record, self.config, generator, augment=True)
-        return sample | {"seed": stable_seed(self.seed, "noise", position)}
+        seed = stable_seed(self.seed, "noise", position)
+        known = keep_some(sample["ids"].numpy(), seed, self.config.given)
+        return sample | {"known": known, "seed": seed}
 
 
 def training_loader(stream, batch_size, accumulate, start, stop, workers):
@@ -1202,9 +1286,9 @@ def training_loader(stream, batch_size, accumulate, start, stop, workers):
 
 
 def segments_of(ids, category=1):
-    """COCO `segments_info` of an int map (H, W); all segments get the same category."""
+    """COCO `segments_info` of an int map (H, W), all of one category; None: the ids themselves."""
     areas, boxes = np.bincount(ids.ravel()), ndimage.find_objects(ids)
-    return [{"id": id, "category_id": category, "area": int(areas[id]), "iscrowd": 0,
+    return [{"id": id, "category_id": category or id, "area": int(areas[id]), "iscrowd": 0,
              "bbox": [x.start, y.start, x.stop - x.start, y.stop - y.start]}
             for id, (y, x) in ((i + 1, box) for i, box in enumerate(boxes) if box)]
 
@@ -1622,8 +1706,7 @@ def evaluate_pq(logits_of, dataset, config, device, min_area, pictures=0, **opti
     """
     metric, kept = PanopticQuality(dataset.categories, class_agnostic=True), []
     for _, record, logits in predict_dataset(logits_of, dataset, config, device, **options):
-        ids = postprocess(logits, record["ids"].shape, config.mask_threshold, min_area)
-        ids = ids.cpu().numpy()
+        ids = segment(logits, record["ids"].shape, replace(config, min_area=min_area))
         metric.update(record["ids"], record["segments"], ids, segments_of(ids))
         if len(kept) < pictures:
             kept.append((record, ids))
@@ -1643,6 +1726,24 @@ def overlay(image, ids):
     """Blend uint8 image (H, W, 3) with the colours of its segments; VOID shows the image."""
     mixed = 0.45 * image + 0.55 * colorize(ids)
     return np.where(ids[..., None] == VOID, image, mixed).astype(np.uint8)
+
+
+def write_panoptic(out, name, record, ids):
+    """Write panoptic/NAME.png and overlay/NAME.png; returns its entries of `panoptic.json`."""
+    name = str(Path(name).with_suffix(".png"))
+    write_png(Path(out, "panoptic", name), id2rgb(ids))
+    write_png(Path(out, "overlay", name), overlay(record["image"], ids))
+    about = {"id": record["image_id"], "file_name": record["file_name"]}
+    return (about | {"height": ids.shape[0], "width": ids.shape[1]},
+            {"image_id": about["id"], "file_name": name, "segments_info": segments_of(ids)})
+
+
+def write_panoptic_json(out, entries):
+    """panoptic.json of `write_panoptic`'s entries, in the COCO format; one category."""
+    images, annotations = zip(*entries)
+    write_json(Path(out, "panoptic.json"),
+               {"images": images, "annotations": annotations,
+                "categories": [{"id": 1, "name": "segment", "isthing": 1}]})
 
 
 def save_grid(path, titles, rows, tile=160):

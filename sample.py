@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from ldmseg import (
-    SAMPLERS, LDMSeg, ShapeScenes, base_parser, colorize, default_weights, id2rgb, is_main,
-    load_model, open_dataset, overlay, postprocess, predict_dataset, prepare, rank_and_world,
-    read_image, run_script, save_grid, seeded_noise, segments_of, setup_distributed, stable_seed,
-    write_json, write_png,
+    SAMPLERS, LDMSeg, ShapeScenes, base_parser, colorize, default_weights, is_main, load_model,
+    open_dataset, overlay, predict_dataset, prepare, rank_and_world, read_image,
+    run_script, save_grid, seeded_noise, segment, setup_distributed, stable_seed, write_panoptic,
+    write_panoptic_json,
 )  # fmt: skip
 
 SHOWN = (1, 5, 10, 20, 50)
@@ -107,10 +107,6 @@ def draw_noises(model, records, args, device, path):
     save_grid(path, ["image", "noise 1", "noise 2"], rows)
 
 
-def segment(logits, size, config):
-    return postprocess(logits, size, config.mask_threshold, config.min_area).cpu().numpy()
-
-
 def main(argv=None):
     args = parse(argv)
     device, autocast = setup_distributed(args.device, args.amp)
@@ -123,17 +119,11 @@ def main(argv=None):
         with autocast():
             return model.sample(batch["image"], batch["seed"], args.steps, SAMPLERS[args.sampler])
 
-    annotations, rows, first = [], [], []
+    entries, rows, first = [], [], []
     options = dict(seed=args.seed, workers=args.workers, limit=limit)
     for index, record, logits in predict_dataset(sample, dataset, model.config, device, **options):
         ids = segment(logits, record["ids"].shape, model.config)
-        name = str(Path(record["file_name"]).with_suffix(".png"))
-        write_png(out / "panoptic" / name, id2rgb(ids))
-        write_png(out / "overlay" / name, overlay(record["image"], ids))
-        annotations.append((index, {"image_id": record["image_id"], "file_name": name,
-                                    "segments_info": segments_of(ids)},
-                            {"id": record["image_id"], "file_name": record["file_name"],
-                             "height": ids.shape[0], "width": ids.shape[1]}))
+        entries.append((index, write_panoptic(out, record["file_name"], record, ids)))
         if len(rows) < 8:
             truth = [] if args.paths else [colorize(record["ids"])]
             rows.append([record["image"], *truth, colorize(ids), overlay(record["image"], ids)])
@@ -141,20 +131,17 @@ def main(argv=None):
 
     gathered = [None] * rank_and_world()[1]
     if dist.is_initialized():
-        dist.all_gather_object(gathered, annotations)
-        annotations = [a for part in gathered for a in part]
+        dist.all_gather_object(gathered, entries)
+        entries = [e for part in gathered for e in part]
     if not is_main():
         return
-    _, predictions, images = zip(*sorted(annotations, key=lambda a: a[0]))
-    categories = [{"id": 1, "name": "segment", "isthing": 1}]
-    write_json(out / "panoptic.json",
-               {"images": images, "annotations": predictions, "categories": categories})
+    write_panoptic_json(out, [e for _, e in sorted(entries, key=lambda e: e[0])])
     titles = ["image", *([] if args.paths else ["truth"]), "prediction", "overlay"]
     save_grid(out / "grid.png", titles, rows)
     with autocast():
         draw_denoising(model, first[:4], args, device, out / "denoising.png")
         draw_noises(model, first[:4], args, device, out / "noises.png")
-    print(f"{len(predictions)} images -> {out}/ (see grid.png, denoising.png, noises.png)")
+    print(f"{len(entries)} images -> {out}/ (see grid.png, denoising.png, noises.png)")
 
 
 if __name__ == "__main__":

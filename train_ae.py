@@ -10,7 +10,6 @@ a picture per evaluation (mask | reconstruction) in the run folder.
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
@@ -18,7 +17,7 @@ from ldmseg import (
     MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, candidate_coords,
     colorize, distribute, evaluate_pq, is_main, learning_rate, log_line, make_ema,
     make_optimizer, postprocess, progress, resume_run, run_script, save_grid, save_run,
-    seeded_noise, setup_distributed, training_config, training_data, training_loader,
+    seeded_noise, segments_of, setup_distributed, training_config, training_data, training_loader,
     training_parser,
 )  # fmt: skip
 
@@ -44,9 +43,7 @@ def evaluate(autoencoder, val, config, device, args):
         logits = autoencoder.reconstruct(batch["ids"])
         for truth, one in zip(batch["ids"].cpu().numpy(), logits):
             ids = postprocess(one, truth.shape, 0, 0).cpu().numpy()
-            listed = [[{"id": i, "category_id": i} for i in np.unique(m).tolist() if i]
-                      for m in (truth, ids)]
-            by_id.update(truth, listed[0], ids, listed[1])
+            by_id.update(truth, segments_of(truth, None), ids, segments_of(ids, None))
         return logits
 
     options = dict(limit=args.limit or 200, workers=args.workers, seed=args.seed, pictures=8)

@@ -13,6 +13,7 @@ import json
 import random
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -33,8 +34,8 @@ def parse(argv):
     add("--ae", metavar="RUN",
         help="stage 1's run, or the authors' ae.pt (default: runs/ae if there, else shipped)")
     add("--sd", metavar="DIR_OR_ID",
-        help="Stable Diffusion v1 to start from: a folder, a hub id, or none for random weights\n"
-             "(default: CompVis/stable-diffusion-v1-4 with --preset paper, else none)")
+        help="start from Stable Diffusion v1 (folder or hub id), a run of this script, or none:\n"
+             "random weights (default: CompVis/stable-diffusion-v1-4 if --preset paper, else none)")
     add("--image-encoder", choices=("patch", "sd", "dinov2"),
         help="patch: a small stem, trained; sd, dinov2: pretrained, frozen (default: paper sd,\n"
              "else patch); dinov2 is read from --set dinov2=DIR_OR_ID")
@@ -67,8 +68,29 @@ def pretrained_encoder(config, sd):
     return weights, replace(config, encoder_json=json.dumps(about))
 
 
+def continue_from(run, config, autoencoder):
+    """LDMSeg with the image encoder and UNet of a run, and this command's autoencoder and Config.
+
+    Raises ValueError naming the field where the run has another network.
+    """
+    start = load_model(run, kind=LDMSeg)
+    for name in ("prediction", "latent_channels", "image_encoder", "stem_widths", "unet_widths",
+                 "unet_attention", "unet_layers", "unet_heads"):
+        theirs, ours = getattr(start.config, name), getattr(config, name)
+        if theirs != ours:
+            raise ValueError(f"--sd {run}: its {name} is {theirs}, expected {ours}; use the same "
+                             f"--preset, --set or --image-encoder")
+    model = LDMSeg(replace(config, encoder_json=start.config.encoder_json))
+    for part, weights in (("autoencoder", autoencoder), ("image_encoder", start.image_encoder),
+                          ("unet", start.unet)):
+        getattr(model, part).load_state_dict(weights.state_dict())
+    return model
+
+
 def build_model(config, autoencoder, sd):
-    """LDMSeg with the trained autoencoder and Stable Diffusion's weights where `sd` names them."""
+    """LDMSeg with the trained autoencoder, and the weights that `sd` names."""
+    if Path(sd, "model.safetensors").exists() or sd.endswith(".safetensors"):
+        return continue_from(sd, config, autoencoder)
     encoder_weights = None
     if config.image_encoder != "patch":
         encoder_weights, config = pretrained_encoder(config, sd)
@@ -173,11 +195,13 @@ def main(argv=None):
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
-            image, ids = (batch[k].to(device, non_blocking=True) for k in ("image", "ids"))
+            image, ids, known = (batch[k].to(device, non_blocking=True)
+                                 for k in ("image", "ids", "known"))
             eps = seeded_noise(batch["seed"], config, device)
             t = timesteps_of(batch["seed"]).to(device)
             with autocast():
-                loss = net(image, ids, eps, t, self_condition)  # Eq. 4
+                loss = net(image, ids, eps, t, self_condition,  # Eq. 4
+                           known if config.given else None)
             scaler.scale(loss / args.accumulate).backward()
             meter.add(len(ids), loss=loss)
         lr = learning_rate(step, steps, config.ldm_lr, config)

@@ -1218,10 +1218,9 @@ def run_script(main):
     """Call main(); a user's mistake becomes one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         message = str(error).strip().splitlines()[-1]  # a loader process puts its traceback first
-        print(message.removeprefix("ValueError: ").removeprefix("FileNotFoundError: "),
-              file=sys.stderr)
+        print(message.removeprefix(f"{type(error).__name__}: "), file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -425,6 +425,25 @@ def test_a_bad_flag_of_sample_is_named_in_one_line(complaint, tiny_run, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script", ["train_ae", "train_ldm", "sample"])
+def test_an_output_folder_that_is_a_file_is_named(complaint, data, tiny_run, tmp_path, script):
+    out = tmp_path / "notes.txt"
+    out.write_text("kept")
+    main, command = {
+        "train_ae": (train_ae.main, ae_command(data, out)),
+        "train_ldm": (train_ldm.main, ldm_command(data, tiny_run.ae, out)),
+        "sample": (sample.main, sample_command(tiny_run.ldm, out, "--limit", "1")),
+    }[script]
+    line = complaint(main, *command)
+    assert str(out) in line and "Not a directory" in line and out.read_text() == "kept"
+
+
+def test_a_result_file_that_is_a_folder_is_named(complaint, data, tiny_run, tmp_path):
+    flags = ["--data", data, "--json", tmp_path, *ON_CPU]
+    line = complaint(evaluate.main, "--weights", tiny_run.ae, *flags)
+    assert f"'{tmp_path}'" in line and "Is a directory" in line
+
+
 def test_sampling_from_an_autoencoder_is_an_error(complaint, tiny_run, tmp_path):
     line = complaint(sample.main, *sample_command(tiny_run.ae, tmp_path / "out"))
     assert f"{tiny_run.ae}: holds a MaskAutoencoder, expected a LDMSeg" in line

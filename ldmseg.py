@@ -1418,23 +1418,20 @@ def save_weights(path, model, config, step, dtype=torch.float32):
 
 def save_run(out, step, model, config, settings, state):
     """Write a run folder: checkpoint.pt to resume from; model.safetensors, config.json to use.
-
-    To be called on all ranks; rank 0 writes.
-    """
+    To be called on all ranks; rank 0 writes."""
     if hasattr(state["optimizer"], "consolidate_state_dict"):  # ZeRO
         state["optimizer"].consolidate_state_dict()
     if not is_main():
         return
-    for part in (model, state["model"]):
-        if not all(torch.isfinite(p).all() for p in part.parameters()):
-            raise ValueError(f"weights are not finite at step {step}: stopped, the last checkpoint "
-                             "is kept; try a lower learning rate")
+    weights = [*model.parameters(), *state["model"].parameters()]
+    if not all(w.isfinite().all() for w in weights):
+        raise ValueError(f"weights are not finite at step {step}: stopped, the last checkpoint is "
+                         "kept; try a lower learning rate")
     save_weights(Path(out, "model.safetensors"), model, config, step)
     write_json(Path(out, "config.json"), asdict(config))
-    checkpoint = {k: part.state_dict() for k, part in state.items()}
-    checkpoint |= {"step": step, "settings": settings}
+    state = {name: part.state_dict() for name, part in state.items()}
     with replacing(Path(out, "checkpoint.pt")) as temporary:  # last: it vouches for the others
-        torch.save(checkpoint, temporary)
+        torch.save(state | {"step": step, "settings": settings}, temporary)
 
 
 def resume_run(args, config, state, **others):
@@ -1473,10 +1470,10 @@ def resume_run(args, config, state, **others):
         if checkpoint[name]:  # a scaler that was off has no state
             part.load_state_dict(checkpoint[name])
     if is_main() and log.exists():  # forget what was logged after the checkpoint, or half a line
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-        lines = [line for line in lines if json.loads(line)["step"] <= checkpoint["step"]]
+        kept = [f"{line}\n" for line in log.read_text().splitlines()
+                if line.endswith("}") and json.loads(line)["step"] <= checkpoint["step"]]
         with replacing(log) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines))
+            temporary.write_text("".join(kept))
     return checkpoint["step"], settings
 
 
@@ -1509,21 +1506,18 @@ def convert_official(parts, unet_config=None):
               if k.startswith("encoder.down_blocks") and k.endswith("resnets.0.conv1.bias")]
     config = replace(config, encoder_json=json.dumps(SD_VAE | {"block_out_channels": widths}))
     if unet_config:
-        config = replace(
-            config, size=8 * unet_config["sample_size"],
-            unet_widths=tuple(unet_config["block_out_channels"]),
-            unet_attention=tuple(int("Attn" in b) for b in unet_config["down_block_types"]),
-            unet_layers=unet_config["layers_per_block"],
-            unet_heads=unet_config["attention_head_dim"])
+        attention = tuple(int("Attn" in block) for block in unet_config["down_block_types"])
+        config = replace(config, size=8 * unet_config["sample_size"], unet_attention=attention,
+                         unet_widths=tuple(unet_config["block_out_channels"]),
+                         unet_layers=unet_config["layers_per_block"],
+                         unet_heads=unet_config["attention_head_dim"])
     return config, tensors
 
 
 def load_official(path, unet_config=None):
     """The authors' released ae.pt -> MaskAutoencoder, or ldmseg.pt -> LDMSeg.
-
-    unet_config: see `convert_official`. Raises ValueError where the file would have to run code
-    to be read, or where a tensor is missing, unknown or of another shape.
-    """
+    Raises ValueError where the file would have to run code to be read, or where a tensor is
+    missing, unknown or of another shape."""
     try:
         parts = torch.load(path, map_location="cpu", weights_only=True)
         config, tensors = convert_official(parts, unet_config)

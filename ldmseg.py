@@ -713,9 +713,7 @@ def postprocess(logits, size, mask_threshold, min_area):
 
 def compact_ids(ids, known):
     """Map int ids to 1..len(known) by their place in the list `known`, all others to 0.
-
-    Raises ValueError where an id of `known` repeats.
-    """
+    Raises ValueError where an id of `known` repeats."""
     if len(set(known)) < len(known):
         raise ValueError(f"segment ids {known}, expected each once and none {VOID}")
     known = np.array(known)
@@ -734,23 +732,21 @@ class PanopticQuality:
     """
 
     def __init__(self, categories, class_agnostic=False):
-        if class_agnostic:
-            categories = [{"id": 1, "isthing": 1}]
-        self.class_agnostic, self.categories = class_agnostic, categories
-        self.row = {c["id"]: i for i, c in enumerate(categories)}
-        if len(self.row) < len(categories):
+        self.class_agnostic = class_agnostic
+        self.categories = [{"id": 1, "isthing": 1}] if class_agnostic else categories
+        self.row = {c["id"]: i for i, c in enumerate(self.categories)}
+        if len(self.row) < len(self.categories):
             raise ValueError(f"{len(categories)} categories with {len(self.row)} different ids")
-        self.state, self.odd = np.zeros((len(categories), 7)), np.zeros(2)
+        self.state, self.odd = np.zeros((len(self.row), 7)), np.zeros(2)
 
     def update(self, gt_ids, gt_segments, pred_ids, pred_segments):
         """Count one image: maps, 0 = VOID, and their lists of {"id", "category_id"}.
 
-        The maps: int ids (H, W), or COCO colours uint8 (H, W, 3), which saves converting them.
-        Segments match where IoU > 0.5, the union taken without the truth's VOID. Unmatched truth
-        is missed, unless a crowd; an unmatched prediction is wrong, unless mostly over VOID or
-        over a crowd of its class (of several crowds of one class, the last, like the reference).
-        NOTE: the reference takes the truth's areas from the JSON; here they are counted from
-        pixels, because the two can differ. Raises ValueError for shapes or ids that do not fit.
+        The maps: int ids (H, W), or COCO colours uint8 (H, W, 3). Raises ValueError for shapes or
+        ids that do not fit. Segments match where IoU > 0.5, the union without the truth's VOID.
+        Unmatched truth is missed, unless a crowd; an unmatched prediction is wrong, unless mostly
+        over VOID or a crowd of its class (the last of several, like the reference).
+        NOTE: the reference takes the truth's areas from the JSON; here pixels, as they can differ.
         """
         overlap = self._joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments)
         gt, pred = self._rows(gt_segments), self._rows(pred_segments)
@@ -783,12 +779,9 @@ class PanopticQuality:
     @staticmethod
     def _joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
         """Pixel counts (2 + gt segments, 2 + predicted): row and column 0 unknown ids, 1 VOID.
-
-        Counts runs of pixels with equal pairs of ids: there are far fewer runs than pixels.
-        """
+        Counts runs of pixels with equal pairs of ids: there are far fewer runs than pixels."""
         if gt_ids.shape[:2] != pred_ids.shape[:2]:
-            raise ValueError(f"the prediction is {pred_ids.shape[:2]}, expected "
-                             f"{gt_ids.shape[:2]}")
+            raise ValueError(f"the prediction is {pred_ids.shape[:2]}, expected {gt_ids.shape[:2]}")
         change = np.zeros(gt_ids.shape[0] * gt_ids.shape[1], bool)
         change[0] = True
         for ids in (gt_ids, pred_ids):
@@ -806,10 +799,9 @@ class PanopticQuality:
         if not column.all():
             raise ValueError(f"the prediction has pixels of segment {pred_ids[column.argmin()]}, "
                              "which is not in its list")
-        for segment, area in zip(pred_segments, counts[:, 2:].sum(0)):
-            if not area:
-                raise ValueError(f"the prediction lists segment {segment['id']}, but no pixel has "
-                                 "this id")
+        if not (seen := counts[:, 2:].any(0)).all():
+            raise ValueError(f"the prediction lists segment {pred_segments[seen.argmin()]['id']}, "
+                             "but no pixel has this id")
         return counts
 
     def all_reduce(self, device):
@@ -829,20 +821,17 @@ class PanopticQuality:
         """
         iou, tp, fp, fn, both, truth, predicted = self.state.T
         seen = tp + fp + fn > 0
-        scores = {"pq": iou / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5),
-                  "sq": iou / np.maximum(tp, 1),
-                  "rq": tp / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)}
+        segments = np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)
+        scores = {"pq": iou / segments, "sq": iou / np.maximum(tp, 1), "rq": tp / segments}
         thing = np.array([bool(c["isthing"]) for c in self.categories], bool)
         result = {}
         for name, group in (("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing)):
             n = int(group.sum())
-            result[name] = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
-            result[name]["n"] = n
+            means = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
+            result[name] = means | {"n": n}
         result["per_class"] = {
             str(self.categories[i]["id"]): {k: float(v[i]) for k, v in scores.items()}
-            | {"tp": int(tp[i]), "fp": int(fp[i]), "fn": int(fn[i])}
-            for i in seen.nonzero()[0]
-        }
+            | {"tp": int(tp[i]), "fp": int(fp[i]), "fn": int(fn[i])} for i in seen.nonzero()[0]}
         if not self.class_agnostic:
             union = truth + predicted - both
             result["miou"] = float((both / np.maximum(union, 1)).sum() / max((union > 0).sum(), 1))

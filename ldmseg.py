@@ -466,23 +466,17 @@ def build_unet(config, image_channels, cross_attention=0):
     embeddings that it attends to; 0: nothing feeds cross-attention, which is then removed.
     """
     from diffusers import UNet2DConditionModel
-    from diffusers.models.attention import BasicTransformerBlock
 
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.unet_attention]
-    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.unet_attention)]
+    up = [name.replace("Down", "Up") for name in reversed(down)]
     unet = UNet2DConditionModel(
-        sample_size=config.size // 8,
-        in_channels=2 * config.latent_channels + image_channels,
-        out_channels=config.latent_channels,
-        block_out_channels=config.unet_widths,
-        layers_per_block=config.unet_layers,
-        down_block_types=down,
-        up_block_types=up,
+        in_channels=2 * config.latent_channels + image_channels, down_block_types=down,
+        out_channels=config.latent_channels, up_block_types=up, sample_size=config.size // 8,
+        block_out_channels=config.unet_widths, layers_per_block=config.unet_layers,
         attention_head_dim=config.unet_heads,  # diffusers' name; in this class, the heads' number
-        cross_attention_dim=cross_attention or 32,  # 32: of the layers removed below
-    )
+        cross_attention_dim=cross_attention or 32)  # 32: of the layers removed below
     for module in unet.modules():
-        if isinstance(module, BasicTransformerBlock) and not cross_attention:
+        if hasattr(module, "attn2") and not cross_attention:
             module.attn2 = module.norm2 = None
     nn.init.zeros_(unet.conv_out.weight)
     return unet
@@ -490,14 +484,13 @@ def build_unet(config, image_channels, cross_attention=0):
 
 def from_pretrained(kind, path, subfolder=""):
     """A diffusers or transformers model of class `kind` from a folder or the hub, in float32."""
-    here = Path(path).exists() or Path(path).is_absolute()
-    if here and not Path(path, subfolder, "config.json").exists():
-        raise FileNotFoundError(f"{path}: no {Path(subfolder, 'config.json')}, expected the folder "
-                                f"of a pretrained {kind.__name__}")
+    file = Path(subfolder, "config.json")
+    if (Path(path).exists() or Path(path).is_absolute()) and not Path(path, file).exists():
+        raise FileNotFoundError(f"{path}: no {file}, expected the folder of a pretrained "
+                                f"{kind.__name__}")
     try:
-        quiet = {"low_cpu_mem_usage": False} if kind.__module__.startswith("diffusers") else {}
         model, info = kind.from_pretrained(path, subfolder=subfolder, output_loading_info=True,
-                                           **quiet)
+                                           low_cpu_mem_usage=False)  # quiet without accelerate
         if missing := set(info["missing_keys"]) - {"embeddings.mask_token"}:
             raise ValueError(f"it lacks {len(missing)} weights, the first {min(missing)}")
         return model.float()
@@ -515,14 +508,12 @@ def load_sd_unet(unet, path):
     """
     from diffusers import UNet2DConditionModel
 
-    def plain(value):  # JSON has lists and null where Python has tuples and False
-        return list(value) if isinstance(value, tuple) else value or None
-
     pretrained = from_pretrained(UNet2DConditionModel, path, "unet")
     expected = dict(unet.config) | {"in_channels": unet.config.out_channels}
     for name in sorted(expected.keys() - {"sample_size", "cross_attention_dim"}):
         theirs, ours = pretrained.config.get(name), expected[name]
-        if name[0] != "_" and plain(theirs) != plain(ours):
+        # read from JSON, theirs may be a list or null where ours is a tuple or False
+        if name[0] != "_" and not np.array_equal(theirs or 0, ours or 0):
             raise ValueError(f"{path}: its UNet has {name} {theirs}, expected {ours}; the paper's "
                              "preset fits Stable Diffusion v1, not v2 or XL")
     tensors = pretrained.state_dict()
@@ -549,12 +540,11 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.kind, self.channels, self.scale = config.image_encoder, config.stem_widths[-1], 1.0
         if self.kind == "patch":
-            layers, c_in = [], 3
-            for c in config.stem_widths:
+            layers = []
+            for c_in, c in zip((3, *config.stem_widths), config.stem_widths):
                 layers += [conv3x3(c_in, c, stride=2), nn.GroupNorm(8, c), nn.SiLU(),
                            conv3x3(c, c), nn.GroupNorm(8, c), nn.SiLU()]
-                c_in = c
-            self.layers = nn.Sequential(*layers, conv3x3(c_in, c_in))
+            self.layers = nn.Sequential(*layers, conv3x3(self.channels, self.channels))
         elif self.kind == "sd":
             from diffusers import AutoencoderKL
 

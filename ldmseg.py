@@ -402,8 +402,7 @@ class NoiseSchedule(nn.Module):
     def __init__(self):
         super().__init__()
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, self.T, dtype=torch.float64) ** 2
-        alpha_bar = (1 - betas).cumprod(0).float()
-        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+        self.register_buffer("alpha_bar", (1 - betas).cumprod(0).float(), persistent=False)
 
     def signal_and_noise(self, t):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply (B, C, h, w)."""
@@ -421,17 +420,11 @@ class NoiseSchedule(nn.Module):
         return (z_t - noise * eps) / signal
 
     def weights(self, kind):
-        """Loss weight of each timestep, float (T,).
-
-        "paper": linear up to a quarter of T, then 1; "released": min(SNR, 2) / SNR; "none": 1.
-        """
-        j = torch.arange(self.T, device=self.alpha_bar.device)
-        if kind == "paper":
-            return ((j + 1) / (0.25 * self.T)).clamp(max=1)
-        if kind == "released":
-            snr = self.alpha_bar / (1 - self.alpha_bar)
-            return snr.clamp(max=2) / snr
-        return torch.ones(self.T, device=j.device)
+        """Loss weight of each timestep, float (T,); kind: "paper", "released" or "none"."""
+        j, snr = torch.arange(self.T).to(self.alpha_bar), self.alpha_bar / (1 - self.alpha_bar)
+        return {"paper": ((j + 1) / (0.25 * self.T)).clamp(max=1),  # linear up to a quarter of T
+                "released": snr.clamp(max=2) / snr,
+                "none": torch.ones_like(snr)}[kind]
 
     def timesteps(self, steps):
         """The `steps` timesteps visited in sampling, from T - 1 down, evenly spaced.

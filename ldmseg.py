@@ -324,25 +324,25 @@ def sample_uncertain_points(uncertainty, points, important=0.75):
     return torch.cat([top, uniform], 1)
 
 
-def _corners(coords, H, W):
-    """The four pixels around coords (B, M, 2) in [-1, 1]: flat indices, bilinear weights."""
-    size = torch.tensor([W, H], device=coords.device)
+def labels_around(ids, coords):
+    """Ids of the four pixels around coords (B, M, 2) in [-1, 1], bilinear weights: (B, M, 4)."""
+    size = torch.tensor(ids.shape[:0:-1], device=ids.device)  # W, H
     position = ((coords + 1) * size - 1) / 2
-    corner = torch.tensor([(0, 0), (1, 0), (0, 1), (1, 1)], device=coords.device)
+    corner = torch.tensor([(0, 0), (1, 0), (0, 1), (1, 1)], device=ids.device)
     corner = position.floor()[:, :, None] + corner  # (B, M, 4, 2)
-    weight = (1 - (position[:, :, None] - corner).abs()).prod(-1)  # (B, M, 4)
-    x, y = corner.clamp(torch.zeros_like(size), size - 1).long().unbind(-1)
-    return y * W + x, weight
+    weight = (1 - (position[:, :, None] - corner).abs()).prod(-1)
+    labels = F.grid_sample(ids[:, None].float(), (2 * corner + 1) / size - 1, mode="nearest",
+                           align_corners=False, padding_mode="border")
+    return labels[:, 0].long(), weight
 
 
 def ae_loss(logits, ids, coords, points):
     """Reconstruction loss of Eq. 2: cross-entropy + BCE + Dice, each at `points` uncertain points.
 
-    logits (B, N, H/2, W/2), ids int64 (B, H, W), coords (B, M, 2): random candidate places in
-    [-1, 1] (see `candidate_coords`). VOID points count nowhere. The cross-entropy is a mean over
-    points, the mask losses are summed over segments and divided by their number; both counts are
-    taken over all ranks. Memory grows with segments only by their `points` sampled values.
-    Returns the loss and a dict of its parts.
+    logits (B, N, H/2, W/2), ids int64 (B, H, W), coords (B, M, 2) in [-1, 1]: candidate places,
+    see `candidate_coords`. VOID points count nowhere. The cross-entropy is a mean over points, BCE
+    and Dice are means over segments; both counts are taken over all ranks. Memory grows with
+    segments only by their `points` sampled values. Returns the loss and a dict of its parts.
 
     NOTE: PointRend draws candidates per segment; here an image's segments share them, because
     one sampling of all N logits then serves every loss.
@@ -351,8 +351,7 @@ def ae_loss(logits, ids, coords, points):
     B, N = logits.shape[:2]
     values = F.grid_sample(logits.float(), coords[:, :, None], align_corners=False,
                            padding_mode="border")[..., 0]  # (B, N, M)
-    corner, weight = _corners(coords, *ids.shape[1:])  # (B, M, 4)
-    labels = ids.flatten(1).gather(1, corner.flatten(1)).view_as(corner)  # (B, M, 4)
+    labels, weight = labels_around(ids, coords)  # (B, M, 4)
     nearest = labels.gather(2, weight.argmax(2, keepdim=True))[..., 0]  # (B, M)
     valid = nearest != VOID
 
@@ -371,14 +370,13 @@ def ae_loss(logits, ids, coords, points):
     with torch.no_grad():
         chosen = sample_uncertain_points(-logit.abs().masked_fill(~valid[image], 1e9), points)
     logit = logit.gather(1, chosen)  # (S, P)
-    inside = (labels[image[:, None], chosen] == segment[:, None, None]).float()  # (S, P, 4)
-    truth = (inside * weight[image[:, None], chosen]).sum(2)
-    counts = valid[image[:, None], chosen].float()
+    at = image[:, None], chosen  # (S, P)
+    counts = valid[at].float()
+    truth = counts * (weight[at] * (labels[at] == segment[:, None, None])).sum(2)
     bce = F.binary_cross_entropy_with_logits(logit, truth, weight=counts, reduction="none")
     bce = bce.sum(1) / counts.sum(1).clamp(min=1)  # (S,)
     probability = logit.sigmoid() * counts
-    dice = 1 - (2 * (probability * truth).sum(1) + 1) / (
-        probability.sum(1) + (truth * counts).sum(1) + 1)
+    dice = 1 - (2 * (probability * truth).sum(1) + 1) / ((probability + truth).sum(1) + 1)
     segments = global_mean_count(present.sum())
     bce, dice = bce.sum() / segments, dice.sum() / segments
     return ce + bce + dice, {"ce": ce.detach(), "bce": bce.detach(), "dice": dice.detach()}

@@ -107,22 +107,20 @@ class Config:
     min_area: int = 16  # smaller predicted segments (pixels of the original image) are VOID
 
     def __post_init__(self):
-        positive, cell = range(1, 10**9), 8 * 2 ** (len(self.unet_widths) - 1)
+        levels, positive = len(self.unet_widths), range(1, 10**9)
+        cell = 8 * 2 ** (levels - 1)  # of the UNet's lowest resolution, in pixels
         allowed = dict(
             codes=("bit", "colour", "positional"), latents=("deterministic", "gaussian"),
             prediction=("eps", "v"), loss_weights=("paper", "released", "none"),
             lr_schedule=("constant", "cosine"), image_encoder=("patch", "sd", "dinov2"),
-            bits=range(1, 11),
-            size=range(cell, 10**9, cell), points=positive, ae_steps=positive, ae_batch=positive,
-            ldm_steps=positive, ldm_batch=positive, eval_steps=range(1, 1001),
-            latent_channels=positive,
-        )  # fmt: skip
+            size=range(cell, 10**9, cell), bits=range(1, 11), eval_steps=range(1, 1001),
+            latent_channels=positive, points=positive, ae_steps=positive, ae_batch=positive,
+            ldm_steps=positive, ldm_batch=positive)  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 expected = values if isinstance(values, tuple) else f"{values[0]}, {values[1]}, ..."
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
-        levels = dict(ae_widths=4, stem_widths=3, unet_attention=len(self.unet_widths))
-        for name, count in levels.items():
+        for name, count in dict(ae_widths=4, stem_widths=3, unet_attention=levels).items():
             if len(getattr(self, name)) != count:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {count} numbers")
         if self.ae_widths[-1] % 32:
@@ -149,22 +147,17 @@ PRESETS = {
 
 def override(config, assignments):
     """Replace fields of `config` by ["FIELD=VALUE", ...]; tuples are comma-separated.
-
-    Raises ValueError that names the field, the value and the type expected.
-    """
-    types = {f.name: f.type for f in fields(Config)}
-    changes = {}
+    Raises ValueError that names the field, the value and the type expected."""
+    types, changes = {f.name: f.type for f in fields(Config) if f.name != "preset"}, {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if not equals or name not in types or name == "preset":
-            raise ValueError(f"--set {assignment}: expected FIELD=VALUE with a field of Config; "
-                             "-h lists them")
+        if not equals or name not in types:
+            raise ValueError(f"--set {assignment}: expected FIELD=VALUE with a field that -h lists")
+        kind = types[name]
         try:
-            convert = types[name]
-            changes[name] = tuple(map(int, text.split(","))) if convert is tuple else convert(text)
+            changes[name] = tuple(map(int, text.split(","))) if kind is tuple else kind(text)
         except ValueError:
-            expected = types[name].__name__
-            raise ValueError(f"--set {name}: got {text!r}, expected {expected}") from None
+            raise ValueError(f"--set {name}: got {text!r}, expected {kind.__name__}") from None
     return replace(config, **changes)
 
 
@@ -204,9 +197,8 @@ def code_table(config):
         return int2bits(ids.view(1, 1, -1), config.bits)[0, :, 0].T
     if config.codes == "colour":
         levels = 2 * math.ceil(config.num_ids ** (1 / 3) / 2 - 1e-9)  # even: no colour is zero
-        place = ids * levels**3 // config.num_ids
-        table = torch.stack([place // levels**i % levels for i in range(3)], 1)
-        table = table * 2 / (levels - 1) - 1
+        grid = torch.linspace(-1, 1, levels)
+        table = torch.cartesian_prod(grid, grid, grid)[ids * levels**3 // config.num_ids].flip(1)
     else:
         angle = (2 * ids / (config.num_ids - 1) - 1)[:, None] * math.pi * 2.0 ** torch.arange(4)
         table = torch.cat([angle.sin(), angle.cos()], 1)
@@ -215,11 +207,8 @@ def code_table(config):
 
 def random_relabel(ids, num_ids, generator=None):
     """Give the segments of one map random distinct ids in [1, num_ids - 1]; VOID stays VOID.
-
-    ids: int64 (H, W) in [0, num_ids - 1]. Randomness comes from `generator` (torch's, CPU).
-    """
-    table = torch.cat([torch.zeros(1, dtype=torch.long),
-                       1 + torch.randperm(num_ids - 1, generator=generator)])
+    ids: int64 (H, W) in [0, num_ids - 1]. Randomness comes from `generator` (torch's, CPU)."""
+    table = F.pad(1 + torch.randperm(num_ids - 1, generator=generator), (1, 0), value=VOID)
     return table[ids]
 
 
@@ -242,9 +231,7 @@ def conv3x3(c_in, c_out, stride=1):
 
 class MaskAutoencoder(nn.Module):
     """Compresses mask codes by 8 with three strided convolutions; decodes to N classes at H/2.
-
-    Latents are deterministic by default; Gaussian ones are the ablation of Fig. 8.
-    """
+    Latents are deterministic by default; Gaussian ones are the ablation of Fig. 8."""
 
     def __init__(self, config):
         super().__init__()

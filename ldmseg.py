@@ -109,22 +109,20 @@ class Config:
     min_area: int = 16  # smaller predicted segments (pixels of the original image) are VOID
 
     def __post_init__(self):
-        positive, cell = range(1, 10**9), 8 * 2 ** (len(self.unet_widths) - 1)
+        levels, positive = len(self.unet_widths), range(1, 10**9)
+        cell = 8 * 2 ** (levels - 1)  # of the UNet's lowest resolution, in pixels
         allowed = dict(
             codes=("bit", "colour", "positional"), latents=("deterministic", "gaussian"),
             prediction=("eps", "v"), loss_weights=("paper", "released", "none"),
             lr_schedule=("constant", "cosine"), image_encoder=("patch", "sd", "dinov2"),
-            bits=range(1, 11),
-            size=range(cell, 10**9, cell), points=positive, ae_steps=positive, ae_batch=positive,
-            ldm_steps=positive, ldm_batch=positive, eval_steps=range(1, 1001),
-            latent_channels=positive,
-        )  # fmt: skip
+            size=range(cell, 10**9, cell), bits=range(1, 11), eval_steps=range(1, 1001),
+            latent_channels=positive, points=positive, ae_steps=positive, ae_batch=positive,
+            ldm_steps=positive, ldm_batch=positive)  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 expected = values if isinstance(values, tuple) else f"{values[0]}, {values[1]}, ..."
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
-        levels = dict(ae_widths=4, stem_widths=3, unet_attention=len(self.unet_widths))
-        for name, count in levels.items():
+        for name, count in dict(ae_widths=4, stem_widths=3, unet_attention=levels).items():
             if len(getattr(self, name)) != count:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {count} numbers")
         if self.ae_widths[-1] % 32:
@@ -151,22 +149,17 @@ PRESETS = {
 
 def override(config, assignments):
     """Replace fields of `config` by ["FIELD=VALUE", ...]; tuples are comma-separated.
-
-    Raises ValueError that names the field, the value and the type expected.
-    """
-    types = {f.name: f.type for f in fields(Config)}
-    changes = {}
+    Raises ValueError that names the field, the value and the type expected."""
+    types, changes = {f.name: f.type for f in fields(Config) if f.name != "preset"}, {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if not equals or name not in types or name == "preset":
-            raise ValueError(f"--set {assignment}: expected FIELD=VALUE with a field of Config; "
-                             "-h lists them")
+        if not equals or name not in types:
+            raise ValueError(f"--set {assignment}: expected FIELD=VALUE with a field that -h lists")
+        kind = types[name]
         try:
-            convert = types[name]
-            changes[name] = tuple(map(int, text.split(","))) if convert is tuple else convert(text)
+            changes[name] = tuple(map(int, text.split(","))) if kind is tuple else kind(text)
         except ValueError:
-            expected = types[name].__name__
-            raise ValueError(f"--set {name}: got {text!r}, expected {expected}") from None
+            raise ValueError(f"--set {name}: got {text!r}, expected {kind.__name__}") from None
     return replace(config, **changes)
 
 
@@ -206,9 +199,8 @@ def code_table(config):
         return int2bits(ids.view(1, 1, -1), config.bits)[0, :, 0].T
     if config.codes == "colour":
         levels = 2 * math.ceil(config.num_ids ** (1 / 3) / 2 - 1e-9)  # even: no colour is zero
-        place = ids * levels**3 // config.num_ids
-        table = torch.stack([place // levels**i % levels for i in range(3)], 1)
-        table = table * 2 / (levels - 1) - 1
+        grid = torch.linspace(-1, 1, levels)
+        table = torch.cartesian_prod(grid, grid, grid)[ids * levels**3 // config.num_ids].flip(1)
     else:
         angle = (2 * ids / (config.num_ids - 1) - 1)[:, None] * math.pi * 2.0 ** torch.arange(4)
         table = torch.cat([angle.sin(), angle.cos()], 1)
@@ -217,11 +209,8 @@ def code_table(config):
 
 def random_relabel(ids, num_ids, generator=None):
     """Give the segments of one map random distinct ids in [1, num_ids - 1]; VOID stays VOID.
-
-    ids: int64 (H, W) in [0, num_ids - 1]. Randomness comes from `generator` (torch's, CPU).
-    """
-    table = torch.cat([torch.zeros(1, dtype=torch.long),
-                       1 + torch.randperm(num_ids - 1, generator=generator)])
+    ids: int64 (H, W) in [0, num_ids - 1]. Randomness comes from `generator` (torch's, CPU)."""
+    table = F.pad(1 + torch.randperm(num_ids - 1, generator=generator), (1, 0), value=VOID)
     return table[ids]
 
 
@@ -244,9 +233,7 @@ def conv3x3(c_in, c_out, stride=1):
 
 class MaskAutoencoder(nn.Module):
     """Compresses mask codes by 8 with three strided convolutions; decodes to N classes at H/2.
-
-    Latents are deterministic by default; Gaussian ones are the ablation of Fig. 8.
-    """
+    Latents are deterministic by default; Gaussian ones are the ablation of Fig. 8."""
 
     def __init__(self, config):
         super().__init__()
@@ -326,25 +313,25 @@ def sample_uncertain_points(uncertainty, points, important=0.75):
     return torch.cat([top, uniform], 1)
 
 
-def _corners(coords, H, W):
-    """The four pixels around coords (B, M, 2) in [-1, 1]: flat indices, bilinear weights."""
-    size = torch.tensor([W, H], device=coords.device)
+def labels_around(ids, coords):
+    """Ids of the four pixels around coords (B, M, 2) in [-1, 1], bilinear weights: (B, M, 4)."""
+    size = torch.tensor(ids.shape[:0:-1], device=ids.device)  # W, H
     position = ((coords + 1) * size - 1) / 2
-    corner = torch.tensor([(0, 0), (1, 0), (0, 1), (1, 1)], device=coords.device)
+    corner = torch.tensor([(0, 0), (1, 0), (0, 1), (1, 1)], device=ids.device)
     corner = position.floor()[:, :, None] + corner  # (B, M, 4, 2)
-    weight = (1 - (position[:, :, None] - corner).abs()).prod(-1)  # (B, M, 4)
-    x, y = corner.clamp(torch.zeros_like(size), size - 1).long().unbind(-1)
-    return y * W + x, weight
+    weight = (1 - (position[:, :, None] - corner).abs()).prod(-1)
+    labels = F.grid_sample(ids[:, None].float(), (2 * corner + 1) / size - 1, mode="nearest",
+                           align_corners=False, padding_mode="border")
+    return labels[:, 0].long(), weight
 
 
 def ae_loss(logits, ids, coords, points):
     """Reconstruction loss of Eq. 2: cross-entropy + BCE + Dice, each at `points` uncertain points.
 
-    logits (B, N, H/2, W/2), ids int64 (B, H, W), coords (B, M, 2): random candidate places in
-    [-1, 1] (see `candidate_coords`). VOID points count nowhere. The cross-entropy is a mean over
-    points, the mask losses are summed over segments and divided by their number; both counts are
-    taken over all ranks. Memory grows with segments only by their `points` sampled values.
-    Returns the loss and a dict of its parts.
+    logits (B, N, H/2, W/2), ids int64 (B, H, W), coords (B, M, 2) in [-1, 1]: candidate places,
+    see `candidate_coords`. VOID points count nowhere. The cross-entropy is a mean over points, BCE
+    and Dice are means over segments; both counts are taken over all ranks. Memory grows with
+    segments only by their `points` sampled values. Returns the loss and a dict of its parts.
 
     NOTE: PointRend draws candidates per segment; here an image's segments share them, because
     one sampling of all N logits then serves every loss.
@@ -353,8 +340,7 @@ def ae_loss(logits, ids, coords, points):
     B, N = logits.shape[:2]
     values = F.grid_sample(logits.float(), coords[:, :, None], align_corners=False,
                            padding_mode="border")[..., 0]  # (B, N, M)
-    corner, weight = _corners(coords, *ids.shape[1:])  # (B, M, 4)
-    labels = ids.flatten(1).gather(1, corner.flatten(1)).view_as(corner)  # (B, M, 4)
+    labels, weight = labels_around(ids, coords)  # (B, M, 4)
     nearest = labels.gather(2, weight.argmax(2, keepdim=True))[..., 0]  # (B, M)
     valid = nearest != VOID
 
@@ -373,14 +359,13 @@ def ae_loss(logits, ids, coords, points):
     with torch.no_grad():
         chosen = sample_uncertain_points(-logit.abs().masked_fill(~valid[image], 1e9), points)
     logit = logit.gather(1, chosen)  # (S, P)
-    inside = (labels[image[:, None], chosen] == segment[:, None, None]).float()  # (S, P, 4)
-    truth = (inside * weight[image[:, None], chosen]).sum(2)
-    counts = valid[image[:, None], chosen].float()
+    at = image[:, None], chosen  # (S, P)
+    counts = valid[at].float()
+    truth = counts * (weight[at] * (labels[at] == segment[:, None, None])).sum(2)
     bce = F.binary_cross_entropy_with_logits(logit, truth, weight=counts, reduction="none")
     bce = bce.sum(1) / counts.sum(1).clamp(min=1)  # (S,)
     probability = logit.sigmoid() * counts
-    dice = 1 - (2 * (probability * truth).sum(1) + 1) / (
-        probability.sum(1) + (truth * counts).sum(1) + 1)
+    dice = 1 - (2 * (probability * truth).sum(1) + 1) / ((probability + truth).sum(1) + 1)
     segments = global_mean_count(present.sum())
     bce, dice = bce.sum() / segments, dice.sum() / segments
     return ce + bce + dice, {"ce": ce.detach(), "bce": bce.detach(), "dice": dice.detach()}
@@ -404,8 +389,7 @@ class NoiseSchedule(nn.Module):
     def __init__(self):
         super().__init__()
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, self.T, dtype=torch.float64) ** 2
-        alpha_bar = (1 - betas).cumprod(0).float()
-        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+        self.register_buffer("alpha_bar", (1 - betas).cumprod(0).float(), persistent=False)
 
     def signal_and_noise(self, t):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply (B, C, h, w)."""
@@ -423,17 +407,11 @@ class NoiseSchedule(nn.Module):
         return (z_t - noise * eps) / signal
 
     def weights(self, kind):
-        """Loss weight of each timestep, float (T,).
-
-        "paper": linear up to a quarter of T, then 1; "released": min(SNR, 2) / SNR; "none": 1.
-        """
-        j = torch.arange(self.T, device=self.alpha_bar.device)
-        if kind == "paper":
-            return ((j + 1) / (0.25 * self.T)).clamp(max=1)
-        if kind == "released":
-            snr = self.alpha_bar / (1 - self.alpha_bar)
-            return snr.clamp(max=2) / snr
-        return torch.ones(self.T, device=j.device)
+        """Loss weight of each timestep, float (T,); kind: "paper", "released" or "none"."""
+        j, snr = torch.arange(self.T).to(self.alpha_bar), self.alpha_bar / (1 - self.alpha_bar)
+        return {"paper": ((j + 1) / (0.25 * self.T)).clamp(max=1),  # linear up to a quarter of T
+                "released": snr.clamp(max=2) / snr,
+                "none": torch.ones_like(snr)}[kind]
 
     def timesteps(self, steps):
         """The `steps` timesteps visited in sampling, from T - 1 down, evenly spaced.
@@ -468,23 +446,17 @@ def build_unet(config, image_channels, cross_attention=0):
     embeddings that it attends to; 0: nothing feeds cross-attention, which is then removed.
     """
     from diffusers import UNet2DConditionModel
-    from diffusers.models.attention import BasicTransformerBlock
 
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.unet_attention]
-    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.unet_attention)]
+    up = [name.replace("Down", "Up") for name in reversed(down)]
     unet = UNet2DConditionModel(
-        sample_size=config.size // 8,
-        in_channels=2 * config.latent_channels + image_channels,
-        out_channels=config.latent_channels,
-        block_out_channels=config.unet_widths,
-        layers_per_block=config.unet_layers,
-        down_block_types=down,
-        up_block_types=up,
+        in_channels=2 * config.latent_channels + image_channels, down_block_types=down,
+        out_channels=config.latent_channels, up_block_types=up, sample_size=config.size // 8,
+        block_out_channels=config.unet_widths, layers_per_block=config.unet_layers,
         attention_head_dim=config.unet_heads,  # diffusers' name; in this class, the heads' number
-        cross_attention_dim=cross_attention or 32,  # 32: of the layers removed below
-    )
+        cross_attention_dim=cross_attention or 32)  # 32: of the layers removed below
     for module in unet.modules():
-        if isinstance(module, BasicTransformerBlock) and not cross_attention:
+        if hasattr(module, "attn2") and not cross_attention:
             module.attn2 = module.norm2 = None
     nn.init.zeros_(unet.conv_out.weight)
     return unet
@@ -492,14 +464,13 @@ def build_unet(config, image_channels, cross_attention=0):
 
 def from_pretrained(kind, path, subfolder=""):
     """A diffusers or transformers model of class `kind` from a folder or the hub, in float32."""
-    here = Path(path).exists() or Path(path).is_absolute()
-    if here and not Path(path, subfolder, "config.json").exists():
-        raise FileNotFoundError(f"{path}: no {Path(subfolder, 'config.json')}, expected the folder "
-                                f"of a pretrained {kind.__name__}")
+    file = Path(subfolder, "config.json")
+    if (Path(path).exists() or Path(path).is_absolute()) and not Path(path, file).exists():
+        raise FileNotFoundError(f"{path}: no {file}, expected the folder of a pretrained "
+                                f"{kind.__name__}")
     try:
-        quiet = {"low_cpu_mem_usage": False} if kind.__module__.startswith("diffusers") else {}
         model, info = kind.from_pretrained(path, subfolder=subfolder, output_loading_info=True,
-                                           **quiet)
+                                           low_cpu_mem_usage=False)  # quiet without accelerate
         if missing := set(info["missing_keys"]) - {"embeddings.mask_token"}:
             raise ValueError(f"it lacks {len(missing)} weights, the first {min(missing)}")
         return model.float()
@@ -517,14 +488,12 @@ def load_sd_unet(unet, path):
     """
     from diffusers import UNet2DConditionModel
 
-    def plain(value):  # JSON has lists and null where Python has tuples and False
-        return list(value) if isinstance(value, tuple) else value or None
-
     pretrained = from_pretrained(UNet2DConditionModel, path, "unet")
     expected = dict(unet.config) | {"in_channels": unet.config.out_channels}
     for name in sorted(expected.keys() - {"sample_size", "cross_attention_dim"}):
         theirs, ours = pretrained.config.get(name), expected[name]
-        if name[0] != "_" and plain(theirs) != plain(ours):
+        # read from JSON, theirs may be a list or null where ours is a tuple or False
+        if name[0] != "_" and not np.array_equal(theirs or 0, ours or 0):
             raise ValueError(f"{path}: its UNet has {name} {theirs}, expected {ours}; the paper's "
                              "preset fits Stable Diffusion v1, not v2 or XL")
     tensors = pretrained.state_dict()
@@ -551,12 +520,11 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.kind, self.channels, self.scale = config.image_encoder, config.stem_widths[-1], 1.0
         if self.kind == "patch":
-            layers, c_in = [], 3
-            for c in config.stem_widths:
+            layers = []
+            for c_in, c in zip((3, *config.stem_widths), config.stem_widths):
                 layers += [conv3x3(c_in, c, stride=2), nn.GroupNorm(8, c), nn.SiLU(),
                            conv3x3(c, c), nn.GroupNorm(8, c), nn.SiLU()]
-                c_in = c
-            self.layers = nn.Sequential(*layers, conv3x3(c_in, c_in))
+            self.layers = nn.Sequential(*layers, conv3x3(self.channels, self.channels))
         elif self.kind == "sd":
             from diffusers import AutoencoderKL
 
@@ -766,9 +734,7 @@ def segment(logits, size, config):
 
 def compact_ids(ids, known):
     """Map int ids to 1..len(known) by their place in the list `known`, all others to 0.
-
-    Raises ValueError where an id of `known` repeats.
-    """
+    Raises ValueError where an id of `known` repeats."""
     if len(set(known)) < len(known):
         raise ValueError(f"segment ids {known}, expected each once and none {VOID}")
     known = np.array(known)
@@ -787,23 +753,21 @@ class PanopticQuality:
     """
 
     def __init__(self, categories, class_agnostic=False):
-        if class_agnostic:
-            categories = [{"id": 1, "isthing": 1}]
-        self.class_agnostic, self.categories = class_agnostic, categories
-        self.row = {c["id"]: i for i, c in enumerate(categories)}
-        if len(self.row) < len(categories):
+        self.class_agnostic = class_agnostic
+        self.categories = [{"id": 1, "isthing": 1}] if class_agnostic else categories
+        self.row = {c["id"]: i for i, c in enumerate(self.categories)}
+        if len(self.row) < len(self.categories):
             raise ValueError(f"{len(categories)} categories with {len(self.row)} different ids")
-        self.state, self.odd = np.zeros((len(categories), 7)), np.zeros(2)
+        self.state, self.odd = np.zeros((len(self.row), 7)), np.zeros(2)
 
     def update(self, gt_ids, gt_segments, pred_ids, pred_segments):
         """Count one image: maps, 0 = VOID, and their lists of {"id", "category_id"}.
 
-        The maps: int ids (H, W), or COCO colours uint8 (H, W, 3), which saves converting them.
-        Segments match where IoU > 0.5, the union taken without the truth's VOID. Unmatched truth
-        is missed, unless a crowd; an unmatched prediction is wrong, unless mostly over VOID or
-        over a crowd of its class (of several crowds of one class, the last, like the reference).
-        NOTE: the reference takes the truth's areas from the JSON; here they are counted from
-        pixels, because the two can differ. Raises ValueError for shapes or ids that do not fit.
+        The maps: int ids (H, W), or COCO colours uint8 (H, W, 3). Raises ValueError for shapes or
+        ids that do not fit. Segments match where IoU > 0.5, the union without the truth's VOID.
+        Unmatched truth is missed, unless a crowd; an unmatched prediction is wrong, unless mostly
+        over VOID or a crowd of its class (the last of several, like the reference).
+        NOTE: the reference takes the truth's areas from the JSON; here pixels, as they can differ.
         """
         overlap = self._joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments)
         gt, pred = self._rows(gt_segments), self._rows(pred_segments)
@@ -836,12 +800,9 @@ class PanopticQuality:
     @staticmethod
     def _joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
         """Pixel counts (2 + gt segments, 2 + predicted): row and column 0 unknown ids, 1 VOID.
-
-        Counts runs of pixels with equal pairs of ids: there are far fewer runs than pixels.
-        """
+        Counts runs of pixels with equal pairs of ids: there are far fewer runs than pixels."""
         if gt_ids.shape[:2] != pred_ids.shape[:2]:
-            raise ValueError(f"the prediction is {pred_ids.shape[:2]}, expected "
-                             f"{gt_ids.shape[:2]}")
+            raise ValueError(f"the prediction is {pred_ids.shape[:2]}, expected {gt_ids.shape[:2]}")
         change = np.zeros(gt_ids.shape[0] * gt_ids.shape[1], bool)
         change[0] = True
         for ids in (gt_ids, pred_ids):
@@ -859,10 +820,9 @@ class PanopticQuality:
         if not column.all():
             raise ValueError(f"the prediction has pixels of segment {pred_ids[column.argmin()]}, "
                              "which is not in its list")
-        for segment, area in zip(pred_segments, counts[:, 2:].sum(0)):
-            if not area:
-                raise ValueError(f"the prediction lists segment {segment['id']}, but no pixel has "
-                                 "this id")
+        if not (seen := counts[:, 2:].any(0)).all():
+            raise ValueError(f"the prediction lists segment {pred_segments[seen.argmin()]['id']}, "
+                             "but no pixel has this id")
         return counts
 
     def all_reduce(self, device):
@@ -882,20 +842,17 @@ class PanopticQuality:
         """
         iou, tp, fp, fn, both, truth, predicted = self.state.T
         seen = tp + fp + fn > 0
-        scores = {"pq": iou / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5),
-                  "sq": iou / np.maximum(tp, 1),
-                  "rq": tp / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)}
+        segments = np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)
+        scores = {"pq": iou / segments, "sq": iou / np.maximum(tp, 1), "rq": tp / segments}
         thing = np.array([bool(c["isthing"]) for c in self.categories], bool)
         result = {}
         for name, group in (("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing)):
             n = int(group.sum())
-            result[name] = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
-            result[name]["n"] = n
+            means = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
+            result[name] = means | {"n": n}
         result["per_class"] = {
             str(self.categories[i]["id"]): {k: float(v[i]) for k, v in scores.items()}
-            | {"tp": int(tp[i]), "fp": int(fp[i]), "fn": int(fn[i])}
-            for i in seen.nonzero()[0]
-        }
+            | {"tp": int(tp[i]), "fp": int(fp[i]), "fn": int(fn[i])} for i in seen.nonzero()[0]}
         if not self.class_agnostic:
             union = truth + predicted - both
             result["miou"] = float((both / np.maximum(union, 1)).sum() / max((union > 0).sum(), 1))
@@ -1302,10 +1259,9 @@ def run_script(main):
     """Call main(); a user's mistake becomes one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         message = str(error).strip().splitlines()[-1]  # a loader process puts its traceback first
-        print(message.removeprefix("ValueError: ").removeprefix("FileNotFoundError: "),
-              file=sys.stderr)
+        print(message.removeprefix(f"{type(error).__name__}: "), file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -1503,23 +1459,20 @@ def save_weights(path, model, config, step, dtype=torch.float32):
 
 def save_run(out, step, model, config, settings, state):
     """Write a run folder: checkpoint.pt to resume from; model.safetensors, config.json to use.
-
-    To be called on all ranks; rank 0 writes.
-    """
+    To be called on all ranks; rank 0 writes."""
     if hasattr(state["optimizer"], "consolidate_state_dict"):  # ZeRO
         state["optimizer"].consolidate_state_dict()
     if not is_main():
         return
-    for part in (model, state["model"]):
-        if not all(torch.isfinite(p).all() for p in part.parameters()):
-            raise ValueError(f"weights are not finite at step {step}: stopped, the last checkpoint "
-                             "is kept; try a lower learning rate")
+    weights = [*model.parameters(), *state["model"].parameters()]
+    if not all(w.isfinite().all() for w in weights):
+        raise ValueError(f"weights are not finite at step {step}: stopped, the last checkpoint is "
+                         "kept; try a lower learning rate")
     save_weights(Path(out, "model.safetensors"), model, config, step)
     write_json(Path(out, "config.json"), asdict(config))
-    checkpoint = {k: part.state_dict() for k, part in state.items()}
-    checkpoint |= {"step": step, "settings": settings}
+    state = {name: part.state_dict() for name, part in state.items()}
     with replacing(Path(out, "checkpoint.pt")) as temporary:  # last: it vouches for the others
-        torch.save(checkpoint, temporary)
+        torch.save(state | {"step": step, "settings": settings}, temporary)
 
 
 def resume_run(args, config, state, **others):
@@ -1558,10 +1511,10 @@ def resume_run(args, config, state, **others):
         if checkpoint[name]:  # a scaler that was off has no state
             part.load_state_dict(checkpoint[name])
     if is_main() and log.exists():  # forget what was logged after the checkpoint, or half a line
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-        lines = [line for line in lines if json.loads(line)["step"] <= checkpoint["step"]]
+        kept = [f"{line}\n" for line in log.read_text().splitlines()
+                if line.endswith("}") and json.loads(line)["step"] <= checkpoint["step"]]
         with replacing(log) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines))
+            temporary.write_text("".join(kept))
     return checkpoint["step"], settings
 
 
@@ -1594,21 +1547,18 @@ def convert_official(parts, unet_config=None):
               if k.startswith("encoder.down_blocks") and k.endswith("resnets.0.conv1.bias")]
     config = replace(config, encoder_json=json.dumps(SD_VAE | {"block_out_channels": widths}))
     if unet_config:
-        config = replace(
-            config, size=8 * unet_config["sample_size"],
-            unet_widths=tuple(unet_config["block_out_channels"]),
-            unet_attention=tuple(int("Attn" in b) for b in unet_config["down_block_types"]),
-            unet_layers=unet_config["layers_per_block"],
-            unet_heads=unet_config["attention_head_dim"])
+        attention = tuple(int("Attn" in block) for block in unet_config["down_block_types"])
+        config = replace(config, size=8 * unet_config["sample_size"], unet_attention=attention,
+                         unet_widths=tuple(unet_config["block_out_channels"]),
+                         unet_layers=unet_config["layers_per_block"],
+                         unet_heads=unet_config["attention_head_dim"])
     return config, tensors
 
 
 def load_official(path, unet_config=None):
     """The authors' released ae.pt -> MaskAutoencoder, or ldmseg.pt -> LDMSeg.
-
-    unet_config: see `convert_official`. Raises ValueError where the file would have to run code
-    to be read, or where a tensor is missing, unknown or of another shape.
-    """
+    Raises ValueError where the file would have to run code to be read, or where a tensor is
+    missing, unknown or of another shape."""
     try:
         parts = torch.load(path, map_location="cpu", weights_only=True)
         config, tensors = convert_official(parts, unet_config)

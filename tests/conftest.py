@@ -1,7 +1,12 @@
 """What the tests share: a tiny data set, a model around a stub UNet, and tiny trained runs."""
 
 import json
+import logging
+import os
+import socket
 import sys
+import time
+import traceback
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch.nn as nn
 from PIL import Image
 
@@ -106,6 +112,46 @@ def tiny_run(tmp_path_factory, data):
     train_ae.main(ae_command(data, out / "ae"))
     train_ldm.main(ldm_command(data, out / "ae", out / "ldm"))
     return SimpleNamespace(ae=out / "ae", ldm=out / "ldm")
+
+
+@pytest.fixture
+def complaint(capfd, caplog, monkeypatch):
+    """A function (main, arguments) -> the one line on stderr of a script that must fail."""
+    for library in ("diffusers", "transformers"):  # their warnings go to stderr as well
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
+
+    def run(main, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            ldmseg.run_script(lambda: main([str(a) for a in arguments]))
+        # ends the loader's processes; the garbage collector would take 5 s for each
+        traceback.clear_frames(stop.value.__context__.__traceback__)
+        lines = capfd.readouterr().err.splitlines() + [r.getMessage() for r in caplog.records]
+        assert stop.value.code == 2 and len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+def start_rank(rank, port, work, arguments):
+    """What `on_two_ranks` runs in each process: torchrun's variables, then the work."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    work(rank, *arguments)
+
+
+def on_two_ranks(work, *arguments):
+    """Call work(rank, *arguments) in two processes; fails where they do not come to an end."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    ranks = mp.spawn(start_rank, (port, work, arguments), nprocs=2, join=False)
+    give_up = time.time() + 240
+    while not ranks.join(1):
+        if time.time() > give_up:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail("the two processes wait for each other")
 
 
 def small_config(**changes):

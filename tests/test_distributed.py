@@ -1,9 +1,6 @@
 """Two processes do what one does."""
 
 import json
-import os
-import socket
-import time
 from types import SimpleNamespace
 
 import ldmseg
@@ -12,11 +9,10 @@ import pytest
 import sample
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 import train_ae
 import train_ldm
-from conftest import ae_command, ldm_command, small_config
+from conftest import ae_command, ldm_command, on_two_ranks, small_config
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -79,13 +75,10 @@ def train_and_sample(folder, data):
             dist.barrier()
 
 
-def work(rank, world, port, folder, data):
+def work(rank, world, folder, data):
     """What each process does; the results go to `folder`."""
     ldmseg.build_unet = ConvUNet
     if world > 1:
-        torch.set_num_threads(1)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
         ldmseg.setup_distributed("cpu")
     result = {"gradients": gradients(rank, world), "pq": pq_of_scenes(rank, world)}
     torch.save(result, folder / f"rank{rank}.pt")
@@ -98,17 +91,8 @@ def outcomes(tmp_path_factory, data):
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ldmseg, "build_unet", ConvUNet)
-        work(0, 1, None, folders[0], data)
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    ranks = mp.spawn(work, (2, port, folders[1], data), nprocs=2, join=False)
-    give_up = time.time() + 120
-    while not ranks.join(1):
-        if time.time() > give_up:
-            for process in ranks.processes:
-                process.kill()
-            pytest.fail("the two processes wait for each other")
+        work(0, 1, folders[0], data)
+    on_two_ranks(work, 2, folders[1], data)
     return folders
 
 

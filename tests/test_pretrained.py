@@ -2,11 +2,7 @@
 
 import contextlib
 import json
-import logging
 import math
-import os
-import socket
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,13 +13,14 @@ import pytest
 import sample
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 import train_ae
 import train_ldm
 import transformers
-from conftest import ae_command, fill_by_rule, ldm_command, relative_error, small_config
+from conftest import (
+    ae_command, fill_by_rule, ldm_command, on_two_ranks, relative_error, small_config,
+)  # fmt: skip
 from ldmseg import PRESETS, Config, LDMSeg, MaskAutoencoder, load_model, load_official
 from safetensors.torch import load_file, save_file
 from test_distributed import ConvUNet
@@ -140,22 +137,6 @@ def small_paper(monkeypatch, names):
     small = dict(unet_widths=tuple(about["block_out_channels"]), size=64, eval_steps=1,
                  unet_heads=about["attention_head_dim"], mask_threshold=0, min_area=1)
     monkeypatch.setitem(PRESETS, "paper", replace(PRESETS["paper"], **small))
-
-
-@pytest.fixture
-def complaint(capsys, caplog, monkeypatch):
-    """A function (main, arguments) -> the one line on stderr of a script that must fail."""
-    for library in ("diffusers", "transformers"):  # their warnings go to stderr as well
-        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
-
-    def run(main, *arguments):
-        with pytest.raises(SystemExit) as stop:
-            ldmseg.run_script(lambda: main([str(a) for a in arguments]))
-        lines = capsys.readouterr().err.splitlines() + [r.getMessage() for r in caplog.records]
-        assert stop.value.code == 2 and len(lines) == 1, lines
-        return lines[0]
-
-    return run
 
 
 # ---- the authors' files ----
@@ -557,13 +538,9 @@ def test_compile_compiles_the_unet_and_changes_no_weight(data, tiny_run, tmp_pat
     assert_same(*map(weights_of, runs), 1e-5)
 
 
-def train_on_rank(rank, port, folder, data, ae):
+def train_on_rank(rank, folder, data, ae):
     """Stage 2 on one of two processes: three steps; two and a third with a sharded optimizer."""
     ldmseg.build_unet = ConvUNet
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
     make, kinds = train_ldm.make_optimizer, []
     train_ldm.make_optimizer = lambda *arguments: kinds.append(make(*arguments)) or kinds[-1]
 
@@ -582,16 +559,7 @@ def train_on_rank(rank, port, folder, data, ae):
 def sharded(tmp_path_factory, data, tiny_run):
     """The folder of `train_on_rank`: what it printed, and the checkpoints without and with zero."""
     folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    ranks = mp.spawn(train_on_rank, (port, folder, data, tiny_run.ae), nprocs=2, join=False)
-    give_up = time.time() + 240
-    while not ranks.join(1):
-        if time.time() > give_up:
-            for process in ranks.processes:
-                process.kill()
-            pytest.fail("the two processes wait for each other")
+    on_two_ranks(train_on_rank, folder, data, tiny_run.ae)
     runs = [torch.load(folder / run / "checkpoint.pt") for run in ("zero0", "zero1")]
     return SimpleNamespace(folder=folder, runs=runs)
 

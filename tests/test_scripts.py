@@ -13,9 +13,7 @@ import torch
 import train_ae
 import train_ldm
 from conftest import REPO, SCENES, TINY, ae_command, ldm_command, write_split
-from ldmseg import (
-    MaskAutoencoder, load_model, read_image, rgb2id, run_script, save_weights,
-)  # fmt: skip
+from ldmseg import MaskAutoencoder, load_model, read_image, rgb2id, save_weights
 from PIL import Image
 
 ON_CPU = ["--device", "cpu", "--workers", "0"]
@@ -74,7 +72,7 @@ def test_stage_2_does_not_resume_with_another_autoencoder(complaint, tmp_path, d
     autoencoder = load_model(other)
     autoencoder.encoder[0].bias.data += 1
     save_weights(other / "model.safetensors", autoencoder, autoencoder.config, 2)
-    line = complaint(train_ldm.main, [*ldm_command(data, other, tiny_run.ldm), "--steps", "4"])
+    line = complaint(train_ldm.main, *ldm_command(data, other, tiny_run.ldm), "--steps", "4")
     assert "its run has --ae with checksum" in line
 
 
@@ -94,7 +92,7 @@ def test_the_gradient_is_clipped(data, tiny_run, tmp_path, stage):
 
 def test_weights_that_are_not_finite_are_not_saved(complaint, data, tmp_path):
     command = ae_command(data, tmp_path / "run", "ae_lr=inf")
-    complaint(train_ae.main, [*command, "--steps", "1"])
+    complaint(train_ae.main, *command, "--steps", "1")
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -220,7 +218,7 @@ def test_a_result_never_overwrites_an_image(complaint, data, tiny_run, tmp_path)
     path.parent.mkdir(parents=True)
     shutil.copy(data / "train" / "train0.png", path)
     before = path.read_bytes()
-    line = complaint(sample.main, sample_command(tiny_run.ldm, folder, str(path)))
+    line = complaint(sample.main, *sample_command(tiny_run.ldm, folder, str(path)))
     assert "train0.png would overwrite" in line and path.read_bytes() == before
 
 
@@ -258,20 +256,6 @@ assert not {"diffusers", "transformers"} & set(sys.modules)
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == 4
-
-
-@pytest.fixture
-def complaint(capsys):
-    """A function (main, arguments) -> the one line on stderr of a script that must fail."""
-    def run(main, arguments):
-        with pytest.raises(SystemExit) as stop:
-            run_script(lambda: main([str(a) for a in arguments]))
-        assert stop.value.code == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1, lines
-        return lines[0]
-
-    return run
 
 
 @pytest.fixture
@@ -343,7 +327,7 @@ DAMAGE = {
 def test_damaged_data_is_named_in_one_line(complaint, damaged, tmp_path, case):
     damage, message = DAMAGE[case]
     damage(damaged)
-    assert message in complaint(train_ae.main, ae_command(damaged, tmp_path / "run"))
+    assert message in complaint(train_ae.main, *ae_command(damaged, tmp_path / "run"))
 
 
 def test_a_mistake_met_by_a_loader_process_is_one_line_and_exit_code_2(damaged, tmp_path):
@@ -373,7 +357,7 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("case", BAD_FLAGS)
 def test_a_bad_flag_of_train_ae_is_named_in_one_line(complaint, data, tmp_path, case):
     flags, message = BAD_FLAGS[case]
-    assert message in complaint(train_ae.main, [*ae_command(data, tmp_path / "run"), *flags])
+    assert message in complaint(train_ae.main, *ae_command(data, tmp_path / "run"), *flags)
 
 
 @pytest.mark.parametrize("flags, field", [
@@ -385,13 +369,13 @@ def test_a_bad_flag_of_train_ae_is_named_in_one_line(complaint, data, tmp_path, 
     (["--data", "shapes"], "data"),
 ])  # fmt: skip
 def test_resuming_with_other_settings_names_the_difference(complaint, data, tiny_run, flags, field):
-    line = complaint(train_ae.main, [*ae_command(data, tiny_run.ae), *flags])
+    line = complaint(train_ae.main, *ae_command(data, tiny_run.ae), *flags)
     assert f"its run has {field}" in line and "--fresh" in line
 
 
 def test_a_broken_checkpoint_is_named(complaint, data, tmp_path):
     (tmp_path / "checkpoint.pt").write_text("hello")
-    line = complaint(train_ae.main, ae_command(data, tmp_path))
+    line = complaint(train_ae.main, *ae_command(data, tmp_path))
     assert "checkpoint.pt: not a checkpoint" in line
 
 
@@ -401,7 +385,7 @@ def test_a_diverging_run_stops_and_leaves_the_last_checkpoint(complaint, data, t
     checkpoint["model"]["encoder.0.weight"].fill_(float("inf"))
     torch.save(checkpoint, run / "checkpoint.pt")
     before = (run / "checkpoint.pt").read_bytes()
-    line = complaint(train_ae.main, [*ae_command(data, run), "--steps", "4"])
+    line = complaint(train_ae.main, *ae_command(data, run), "--steps", "4")
     assert "loss is nan" in line or "loss is inf" in line
     assert (run / "checkpoint.pt").read_bytes() == before
     assert_same_tensors(weights_of(run), weights_of(tiny_run.ae))
@@ -417,7 +401,7 @@ def test_a_diverging_run_stops_and_leaves_the_last_checkpoint(complaint, data, t
 def test_an_autoencoder_that_does_not_fit_is_named(
         complaint, data, tiny_run, tmp_path, run, flags, message):
     ae = tiny_run.ae if run == "ae" else run
-    line = complaint(train_ldm.main, [*ldm_command(data, ae, tmp_path / "run"), *flags])
+    line = complaint(train_ldm.main, *ldm_command(data, ae, tmp_path / "run"), *flags)
     assert message in line
 
 
@@ -437,17 +421,36 @@ def test_stage_2_takes_the_autoencoders_shape_from_its_weights(data, tiny_run, t
 ])  # fmt: skip
 def test_a_bad_flag_of_sample_is_named_in_one_line(complaint, tiny_run, tmp_path, flags, message):
     command = sample_command(tiny_run.ldm, tmp_path / "out", *flags)
-    assert message in complaint(sample.main, command)
+    assert message in complaint(sample.main, *command)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script", ["train_ae", "train_ldm", "sample"])
+def test_an_output_folder_that_is_a_file_is_named(complaint, data, tiny_run, tmp_path, script):
+    out = tmp_path / "notes.txt"
+    out.write_text("kept")
+    main, command = {
+        "train_ae": (train_ae.main, ae_command(data, out)),
+        "train_ldm": (train_ldm.main, ldm_command(data, tiny_run.ae, out)),
+        "sample": (sample.main, sample_command(tiny_run.ldm, out, "--limit", "1")),
+    }[script]
+    line = complaint(main, *command)
+    assert str(out) in line and "Not a directory" in line and out.read_text() == "kept"
+
+
+def test_a_result_file_that_is_a_folder_is_named(complaint, data, tiny_run, tmp_path):
+    flags = ["--data", data, "--json", tmp_path, *ON_CPU]
+    line = complaint(evaluate.main, "--weights", tiny_run.ae, *flags)
+    assert f"'{tmp_path}'" in line and "Is a directory" in line
+
+
 def test_sampling_from_an_autoencoder_is_an_error(complaint, tiny_run, tmp_path):
-    line = complaint(sample.main, sample_command(tiny_run.ae, tmp_path / "out"))
+    line = complaint(sample.main, *sample_command(tiny_run.ae, tmp_path / "out"))
     assert f"{tiny_run.ae}: holds a MaskAutoencoder, expected a LDMSeg" in line
 
 
 def test_a_file_that_holds_no_weights_is_named(complaint, tmp_path):
     path = tmp_path / "broken.safetensors"
     path.write_text("hello")
-    line = complaint(evaluate.main, ["--weights", path, *ON_CPU])
+    line = complaint(evaluate.main, "--weights", path, *ON_CPU)
     assert "broken.safetensors: not weights that these scripts wrote" in line

@@ -54,6 +54,9 @@ from tqdm import tqdm
 # ---- 1. Configuration (Sec. 4.1) ---------------------------------------------------------------
 
 
+TASKS = ("instance", "semantic", "depth")
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that defines a model and its training; the defaults are the `tiny` preset."""
@@ -67,6 +70,7 @@ class Config:
     # stage 1: autoencoder
     ae_widths: tuple = (16, 32, 64, 128)  # channels at 1/1, 1/2, 1/4, 1/8 resolution
     latent_channels: int = 4
+    target: str = "ids"  # what the autoencoder compresses: "ids" or "depth"
     latents: str = "deterministic"  # or "gaussian": mean and variance, sampled in training
     kl_weight: float = 0.0  # of Gaussian latents' divergence from a standard Gaussian (Fig. 8)
     points: int = 410  # points where the losses are computed, per image and per segment
@@ -77,11 +81,15 @@ class Config:
     # stage 2: diffusion
     mask_scale: float = 0.0  # multiplies mask latents; 0: measured, so that their std is mask_std
     mask_std: float = 0.7
+    depth_scale: float = 0.0  # multiplies depth latents
     image_scale: float = 0.0  # multiplies image latents; 0: the image encoder's own
     prediction: str = "v"  # what the UNet predicts: "eps" (paper) or "v"
     loss_weights: str = "paper"  # over the timesteps: "paper", "released" or "none"
     self_condition: float = 0.5  # share of the training steps with self-conditioning
     given: float = 0.0  # share of the training samples with given parts of the mask (Sec. 3.3)
+    tasks: tuple = ()  # several of TASKS, told apart by an embedding (Supp. A); (): instance alone
+    task_width: int = 64  # of the embeddings
+    categories: str = ""  # JSON of the classes that semantic weights know, filled in from the data
     image_encoder: str = "patch"  # or, pretrained and frozen, "sd" (paper) or "dinov2"
     dinov2: str = "facebook/dinov2-base"  # folder or hub id
     encoder_json: str = ""  # architecture of a pretrained image encoder, filled in when loaded
@@ -112,8 +120,9 @@ class Config:
         levels, positive = len(self.unet_widths), range(1, 10**9)
         cell = 8 * 2 ** (levels - 1)  # of the UNet's lowest resolution, in pixels
         allowed = dict(
-            codes=("bit", "colour", "positional"), latents=("deterministic", "gaussian"),
-            prediction=("eps", "v"), loss_weights=("paper", "released", "none"),
+            target=("ids", "depth"), codes=("bit", "colour", "positional"),
+            latents=("deterministic", "gaussian"), prediction=("eps", "v"),
+            loss_weights=("paper", "released", "none"),
             lr_schedule=("constant", "cosine"), image_encoder=("patch", "sd", "dinov2"),
             size=range(cell, 10**9, cell), bits=range(1, 11), eval_steps=range(1, 1001),
             latent_channels=positive, points=positive, ae_steps=positive, ae_batch=positive,
@@ -127,6 +136,12 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {count} numbers")
         if self.ae_widths[-1] % 32:
             raise ValueError(f"ae_widths end in {self.ae_widths[-1]}, expected a multiple of 32")
+        if len(set(self.tasks)) < len(self.tasks) or set(self.tasks) - set(TASKS):
+            raise ValueError(f"tasks are {self.tasks}, expected different ones of {TASKS}")
+        classes = len(json.loads(self.categories or "[]"))
+        if "semantic" in self.tasks and classes >= self.num_ids:
+            raise ValueError(f"{classes} classes do not fit into {self.num_ids - 1} ids; train "
+                             f"both stages with --set bits={classes.bit_length()}")
         if self.kl_weight and self.latents != "gaussian":
             raise ValueError(f"kl_weight is {self.kl_weight}, which needs latents=gaussian")
 
@@ -134,13 +149,17 @@ class Config:
     def num_ids(self):
         return 2**self.bits
 
+    @property
+    def needs_depth(self):
+        return self.target == "depth" or "depth" in self.tasks
+
 
 PRESETS = {
     "tiny": Config(),
     "paper": Config(
         preset="paper", size=512, bits=7, ae_widths=(32, 64, 128, 256), points=12544,
         ae_steps=60_000, ae_batch=16, ae_lr=1e-4, mask_scale=0.18215, image_scale=0.18215,
-        prediction="eps", image_encoder="sd", unet_widths=(320, 640, 1280, 1280),
+        prediction="eps", task_width=768, image_encoder="sd", unet_widths=(320, 640, 1280, 1280),
         unet_attention=(1, 1, 1, 0), unet_layers=2, unet_heads=8, freeze_time=1, ldm_steps=200_000,
         ldm_batch=256, ldm_lr=1e-4, min_area=512,
     ),
@@ -233,13 +252,16 @@ def conv3x3(c_in, c_out, stride=1):
 
 class MaskAutoencoder(nn.Module):
     """Compresses mask codes by 8 with three strided convolutions; decodes to N classes at H/2.
+    Of depth maps (config.target), one channel in and out: depth for `ids`, depth for `logits`.
     Latents are deterministic by default; Gaussian ones are the ablation of Fig. 8."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         widths, width = config.ae_widths, config.ae_widths[-1]
-        self.register_buffer("codes", code_table(config), persistent=False)
+        depth = config.target == "depth"
+        codes = torch.empty(0, 1) if depth else code_table(config)  # (N, C)
+        self.register_buffer("codes", codes, persistent=False)
         encoder = [conv3x3(self.codes.shape[1], widths[0]), nn.SiLU()]
         for c_in, c_out in zip(widths, widths[1:]):
             encoder += [conv3x3(c_in, c_in), conv3x3(c_in, c_out, stride=2), nn.SiLU()]
@@ -249,11 +271,15 @@ class MaskAutoencoder(nn.Module):
         for _ in range(2):
             decoder += [nn.ConvTranspose2d(width, width, 2, stride=2),
                         LayerNorm2d(width, eps=1e-6), nn.SiLU()]
-        decoder += [nn.GroupNorm(32, width, eps=1e-5), nn.SiLU(), conv3x3(width, config.num_ids)]
+        decoder += [nn.GroupNorm(32, width, eps=1e-5), nn.SiLU(),
+                    conv3x3(width, 1 if depth else config.num_ids)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
 
     def code(self, ids):
-        """ids int64 (B, H, W) in [0, N - 1] -> codes (B, C, H, W)."""
+        """ids int64 (B, H, W) in [0, N - 1] -> codes (B, C, H, W). Depth float (B, H, W) in [-1, 1]
+        is its own code (B, 1, H, W); zero where VOID, in depth NaN."""
+        if self.config.target == "depth":
+            return ids.nan_to_num(0)[:, None]
         return F.embedding(ids, self.codes).permute(0, 3, 1, 2)
 
     def encode(self, codes):
@@ -369,6 +395,15 @@ def ae_loss(logits, ids, coords, points):
     segments = global_mean_count(present.sum())
     bce, dice = bce.sum() / segments, dice.sum() / segments
     return ce + bce + dice, {"ce": ce.detach(), "bce": bce.detach(), "dice": dice.detach()}
+
+
+def depth_loss(output, depth):
+    """Mean absolute error over valid pixels of a decoded depth (B, 1, H/2, W/2), upsampled by 2,
+    from depth (B, H, W), NaN = invalid (Supp. A)."""
+    valid = depth.isfinite()
+    output = F.interpolate(output.float(), depth.shape[1:], mode="bilinear")[:, 0]
+    error = (output - depth.nan_to_num(0)).abs() * valid
+    return error.sum() / global_mean_count(valid.sum())
 
 
 def candidate_coords(seeds, points, device):
@@ -568,7 +603,13 @@ class LDMSeg(nn.Module):
         self.config = config
         self.autoencoder = MaskAutoencoder(config).requires_grad_(False)
         self.image_encoder = ImageEncoder(config)
-        self.unet = build_unet(config, self.image_encoder.channels)
+        self.unet = build_unet(config, self.image_encoder.channels,
+                               config.task_width if config.tasks else 0)
+        if config.tasks:
+            self.task_embedding = nn.Embedding(len(config.tasks), config.task_width)
+        if "depth" in config.tasks:
+            self.depth_autoencoder = MaskAutoencoder(replace(config, target="depth"))
+            self.depth_autoencoder.requires_grad_(False)
         self.schedule = NoiseSchedule()
         self.register_buffer("loss_weights", self.schedule.weights(config.loss_weights),
                              persistent=False)
@@ -587,30 +628,44 @@ class LDMSeg(nn.Module):
         """Scaled mask latents (B, 4, h, w) -> logits (B, N, H/2, W/2)."""
         return self.autoencoder.decode(z / self.config.mask_scale)
 
-    def predict(self, z_t, z_image, x0_previous, t):
+    @torch.no_grad()
+    def encode_depth(self, depth):
+        """depth (B, H, W) in [-1, 1], NaN = invalid -> latents (B, 4, h, w), scaled."""
+        z = self.depth_autoencoder.encode(self.depth_autoencoder.code(depth)).float()
+        return z * self.config.depth_scale
+
+    def predict(self, z_t, z_image, x0_previous, t, task=None):
         """One UNet call at timesteps t int64 (B,). Returns its output, and what it says of x0, eps.
+
+        task int64 (B,): places in config.tasks; an embedding, seen by cross-attention (Supp. A).
 
         The output estimates eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0.
         NOTE: paper eps; here also v, because a small UNet from random weights learns it sooner.
         """
         inputs = torch.cat([z_t, z_image, x0_previous], 1)
-        output = self.unet(inputs, t, encoder_hidden_states=None).sample.float()
+        context = None if task is None else self.task_embedding(task)[:, None]  # (B, 1, width)
+        output = self.unet(inputs, t, encoder_hidden_states=context).sample.float()
         if self.config.prediction == "eps":
             return output, self.schedule.predict_x0(z_t, output, t), output
         signal, noise = self.schedule.signal_and_noise(t)
         return output, signal * z_t - noise * output, noise * z_t + signal * output
 
-    def diffusion_loss(self, image, ids, eps, t, self_condition, known=None):
+    def diffusion_loss(self, image, ids, eps, t, self_condition, known=None, task=None, depth=None):
         """Eq. 4: weighted squared error of the prediction, over cells that are not VOID.
 
         image (B, 3, H, W), ids int64 (B, H, W), eps (B, 4, h, w) Gaussian, t int64 (B,),
         self_condition: make a first estimate of x0 without gradient and feed it (Analog Bits).
-        known bool (B, H, W): pixels given as in `inpaint` (the finetuning that Sec. 3.3 suggests).
+        known bool (B, H, W): pixels given as in `inpaint` (the finetuning that Sec. 3.3 suggests),
+        task int64 (B,): places in config.tasks; depth (B, H, W): replaces ids where it is the task.
         NOTE: Alg. 1 sums over C, h, w; here a mean, like the released code, because clipping and
         the learning rate then do not depend on the resolution. The weights multiply the error of
         what is predicted: with v, they are not those of the paper's noise error.
         """
-        x0 = self.encode_mask(ids)  # (B, 4, h, w)
+        x0, valid = self.encode_mask(ids), ids != VOID  # (B, 4, h, w), (B, H, W)
+        if depth is not None:
+            of_depth = (task == self.config.tasks.index("depth")).view(-1, 1, 1)
+            x0 = torch.where(of_depth[..., None], self.encode_depth(depth), x0)
+            valid = torch.where(of_depth, depth.isfinite(), valid)
         z_image = self.encode_image(image)
         z_t = self.schedule.add_noise(x0, eps, t)
         given, partly, _ = self.give(ids, known)
@@ -618,15 +673,14 @@ class LDMSeg(nn.Module):
         if self_condition:
             with torch.no_grad():
                 hint = torch.where(partly, given, x0_previous)
-                x0_previous = self.predict(z_t, z_image, hint, t)[1]
+                x0_previous = self.predict(z_t, z_image, hint, t, task)[1]
         x0_previous = torch.where(partly, given, x0_previous)
-        output = self.predict(z_t, z_image, x0_previous, t)[0]
+        output = self.predict(z_t, z_image, x0_previous, t, task)[0]
         target = eps
         if self.config.prediction == "v":
             signal, noise = self.schedule.signal_and_noise(t)
             target = signal * eps - noise * x0
-        valid = (ids != VOID).float()[:, None]
-        valid = F.interpolate(valid, z_t.shape[-2:], mode="nearest-exact")[:, 0]  # (B, h, w)
+        valid = F.interpolate(valid.float()[:, None], z_t.shape[-2:], mode="nearest-exact")[:, 0]
         error = (output - target).square().mean(1) * valid
         error = error * self.loss_weights[t].view(-1, 1, 1)
         return error.sum() / global_mean_count(valid.sum())
@@ -648,11 +702,20 @@ class LDMSeg(nn.Module):
         share = F.avg_pool2d(known.float()[:, None], 8)
         return self.encode_mask(ids * known), share > 0, share >= known_share
 
-    def denoise(self, z_image, noise, steps, eta=0.0, seeds=(), give=None, repeats=1):
+    def task_of(self, name, count):
+        """The places int64 (count,) of a task in config.tasks; None for weights without tasks.
+        Raises ValueError that lists the tasks of these weights."""
+        tasks = self.config.tasks or TASKS[:1]
+        if name not in tasks:
+            raise ValueError(f"--task {name}: these weights know {', '.join(tasks)}")
+        place = torch.full((count,), tasks.index(name), device=self.loss_weights.device)
+        return place if self.config.tasks else None
+
+    def denoise(self, z_image, noise, steps, eta=0.0, seeds=(), task=None, give=None, repeats=1):
         """Alg. 2, and 3. Yields the predicted x0 (B, 4, h, w), scaled, after each step.
 
         eta 0: DDIM, deterministic; eta 1: DDPM (ancestral sampling), which draws fresh noise in
-        each step, an image's from its seed. give, repeats: see `inpaint`.
+        each step, an image's from its seed. task: see `predict`; give, repeats: see `inpaint`.
         """
         def fresh_noise(*step):
             keys = [stable_seed(int(seed), *step) for seed in seeds]
@@ -666,7 +729,7 @@ class LDMSeg(nn.Module):
             for repeat in range(repeats):
                 if repeat:
                     z_t = self.schedule.add_noise(x0, fresh_noise(now, repeat), t)
-                _, x0, eps = self.predict(z_t, z_image, torch.where(partly, given, x0), t)
+                _, x0, eps = self.predict(z_t, z_image, torch.where(partly, given, x0), t, task)
                 x0 = torch.where(known, given, x0)
             yield x0
             if after is None:
@@ -680,10 +743,14 @@ class LDMSeg(nn.Module):
                 z_t = z_t + fresh * fresh_noise(after)
 
     @torch.no_grad()
-    def sample(self, image, seeds, steps, eta=0.0):
-        """Images (B, 3, H, W) and one noise seed each -> logits (B, N, H/2, W/2)."""
+    def sample(self, image, seeds, steps, eta=0.0, task="instance"):
+        """Images (B, 3, H, W) and one noise seed each -> logits (B, N, H/2, W/2), or depth
+        (B, 1, H/2, W/2) in [-1, 1]."""
         noise = seeded_noise(seeds, self.config, image.device)
-        *_, x0 = self.denoise(self.encode_image(image), noise, steps, eta, seeds)
+        *_, x0 = self.denoise(self.encode_image(image), noise, steps, eta, seeds,
+                              self.task_of(task, len(image)))
+        if task == "depth":
+            return self.depth_autoencoder.decode(x0 / self.config.depth_scale)
         return self.decode_mask(x0)
 
     @torch.no_grad()
@@ -697,6 +764,7 @@ class LDMSeg(nn.Module):
         """
         noise = seeded_noise(seeds, self.config, image.device)
         *_, x0 = self.denoise(self.encode_image(image), noise, steps, 0.0, seeds,
+                              self.task_of("instance", len(image)),
                               self.give(ids, known, known_share), repeats)
         return self.decode_mask(x0), x0
 
@@ -729,7 +797,28 @@ def segment(logits, size, config):
     return postprocess(logits, size, config.mask_threshold, config.min_area).cpu().numpy()
 
 
-# ---- 11. Metrics: Panoptic Quality (Kirillov et al., 2019) -------------------------------------
+def merge_panoptic(instance_logits, semantic_logits, size, isthing, mask_threshold, min_area):
+    """Instances with the classes of a semantic map (Supp. A, "Simple Post-Processing").
+
+    Both logits (N, H/2, W/2); isthing: of the classes 1..K. An instance of `postprocess` takes the
+    class of most of its pixels in the semantic argmax (the lowest in a tie; VOID and ids above K
+    do not vote; without a vote it is VOID); stuff of one class becomes one segment.
+    Returns ids int64 (height, width) and the class of each segment, {id: class}.
+    """
+    ids, N = postprocess(instance_logits, size, mask_threshold, min_area), len(instance_logits)
+    classes = probabilities(semantic_logits, size).argmax(0)
+    votes = torch.bincount((ids * N + classes).flatten(), minlength=N * N).view(N, N)
+    votes = votes[:, 1 : len(isthing) + 1]  # (N, K)
+    table, class_of, stuff = torch.zeros(N, dtype=torch.long, device=ids.device), {}, {}
+    for id in range(1, N):
+        if votes[id].any():
+            winner = 1 + int(votes[id].argmax())
+            table[id] = id if isthing[winner - 1] else stuff.setdefault(winner, id)
+            class_of[int(table[id])] = winner
+    return table[ids], class_of
+
+
+# ---- 11. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ------------------------------
 
 
 def compact_ids(ids, known):
@@ -741,6 +830,14 @@ def compact_ids(ids, known):
     order = known.argsort()
     place = order[np.searchsorted(known[order], ids).clip(max=len(known) - 1)]
     return np.where(known[place] == ids, place + 1, 0)
+
+
+def add_over_ranks(counts, device):
+    """Sum a NumPy array over all ranks, in place."""
+    if dist.is_initialized():
+        total = torch.from_numpy(counts).to(device)
+        dist.all_reduce(total)
+        counts[:] = total.cpu().numpy()
 
 
 class PanopticQuality:
@@ -827,11 +924,8 @@ class PanopticQuality:
 
     def all_reduce(self, device):
         """Add the counts of all ranks."""
-        if dist.is_initialized():
-            for counts in (self.state, self.odd):
-                total = torch.from_numpy(counts).to(device)
-                dist.all_reduce(total)
-                counts[:] = total.cpu().numpy()
+        add_over_ranks(self.state, device)
+        add_over_ranks(self.odd, device)
 
     def compute(self):
         """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, "per_class": {...}}, values in 0..1.
@@ -858,6 +952,40 @@ class PanopticQuality:
             result["miou"] = float((both / np.maximum(union, 1)).sum() / max((union > 0).sum(), 1))
             result["pixel_accuracy"] = float(both.sum() / max(truth.sum(), 1))
         return result
+
+
+def align_depth(predicted, truth):
+    """predicted float (H, W), up to scale and shift -> in truth's units, by least squares over the
+    valid pixels of truth float (H, W), NaN = invalid."""
+    valid = np.isfinite(truth)
+    columns = np.stack([predicted[valid], np.ones(valid.sum())], 1, dtype=np.float64)
+    scale, shift = np.linalg.lstsq(columns, truth[valid], rcond=None)[0]
+    return scale * predicted + shift
+
+
+class DepthQuality:
+    """Mean absolute relative error, root mean squared error and the share of pixels with a ratio
+    below 1.25, means over images of `align_depth`'s result; in the space of the truth's values."""
+
+    def __init__(self):
+        self.state = np.zeros(4)  # sums of the three over images, images
+
+    def update(self, truth, predicted):
+        """Count one image: float (H, W), truth > 0 or NaN = invalid."""
+        valid = np.isfinite(truth)
+        if valid.any():
+            ours, truth = align_depth(predicted, truth)[valid], truth[valid]
+            ratio = np.maximum(ours / truth, truth / ours.clip(min=1e-9))
+            self.state += (np.abs(ours / truth - 1).mean(), np.sqrt(np.square(ours - truth).mean()),
+                           (ratio < 1.25).mean(), 1)
+
+    def all_reduce(self, device):
+        add_over_ranks(self.state, device)
+
+    def compute(self):
+        """{"abs_rel", "rmse", "delta_1.25", "n" images}."""
+        values = (self.state[:3] / max(self.state[3], 1)).tolist()
+        return dict(zip(("abs_rel", "rmse", "delta_1.25"), values)) | {"n": int(self.state[3])}
 
 
 # ---- 12. Data: generated scenes, COCO panoptic files, training samples -------------------------
@@ -1141,30 +1269,59 @@ def open_dataset(data, split, images, size, kind):
     return PanopticDataset(json_path, images or path / matching[0])
 
 
-def prepare(record, config, generator, augment):
+def relative_depth(depth):
+    """depth float (H, W), NaN = invalid -> [-1, 1], its 2nd and 98th percentiles the ends.
+    Raises ValueError where the valid pixels are all the same, or none."""
+    valid = depth[np.isfinite(depth)]
+    low, high = np.percentile(valid, (2, 98)) if valid.size else (0, 0)
+    if low == high and valid.size:
+        low, high = valid.min(), valid.max()
+    if low == high:
+        raise ValueError(f"depth is {low} at all of its {valid.size} valid pixels, expected more "
+                         "than one value")
+    return ((depth - low) * (2 / (high - low)) - 1).clip(-1, 1)
+
+
+def prepare(record, config, generator, augment, task="instance"):
     """A data set's item -> what the model sees: {"image": (3, s, s) in [-1, 1], "ids": (s, s)}.
 
     Resized to a square (image antialiased, ids nearest); crowds become VOID; ids are random;
     the N - 1 largest segments stay. `augment`: flip with probability 1/2, and segments under
     min_segment pixels become VOID. Randomness comes from `generator` (torch's, CPU).
+    task "semantic": ids are the places 1..K of the classes in config.categories. With
+    config.needs_depth also "depth" (s, s) in [-1, 1], NaN = invalid, where the item has it.
     """
-    known = [VOID] + [s["id"] for s in record["segments"] if not s.get("iscrowd")]
-    size = [config.size, config.size]
+    segments = [s for s in record["segments"] if not s.get("iscrowd")]
+    known, size = [VOID] + [s["id"] for s in segments], [config.size, config.size]
+    flip = augment and bool(torch.rand((), generator=generator) < 0.5)
+
+    def resize(array):  # exact below 2^24; centred, as the image
+        array = torch.from_numpy(array)[None, None].float()
+        array = F.interpolate(array, size, mode="nearest-exact")[0, 0]
+        return array.flip(-1) if flip else array
+
     image = torch.from_numpy(record["image"].copy()).permute(2, 0, 1)
     image = v2.functional.resize(image, size, antialias=True)
-    ids = torch.from_numpy(record["ids"])[None, None].float()  # exact below 2^24
-    ids = F.interpolate(ids, size, mode="nearest-exact")[0, 0]  # centred, as the image
-    ids = torch.from_numpy(compact_ids(ids.numpy(), known))
-    if augment and torch.rand((), generator=generator) < 0.5:
-        image, ids = image.flip(-1), ids.flip(-1)
-    areas = torch.bincount(ids.flatten(), minlength=len(known) + 1)
-    areas[:2] = 0  # ids that are not listed, VOID
-    kept = areas.argsort(descending=True)[: config.num_ids - 1]
-    kept = kept[areas[kept] >= (max(1, config.min_segment) if augment else 1)]
-    table = torch.zeros(len(areas), dtype=torch.long)
-    table[kept] = 1 + torch.arange(len(kept))
-    ids = random_relabel(table[ids], config.num_ids, generator)
-    return {"image": image.float() / 127.5 - 1, "ids": ids}
+    sample = {"image": (image.flip(-1) if flip else image).float() / 127.5 - 1}
+    ids = torch.from_numpy(compact_ids(resize(record["ids"]).numpy(), known))
+    if task == "semantic":
+        place = {c["id"]: i for i, c in enumerate(json.loads(config.categories), start=1)}
+        table = torch.tensor([VOID, VOID] + [place[s["category_id"]] for s in segments])
+        sample["ids"] = table[ids]
+    else:
+        areas = torch.bincount(ids.flatten(), minlength=len(known) + 1)
+        areas[:2] = 0  # ids that are not listed, VOID
+        kept = areas.argsort(descending=True)[: config.num_ids - 1]
+        kept = kept[areas[kept] >= (max(1, config.min_segment) if augment else 1)]
+        table = torch.zeros(len(areas), dtype=torch.long)
+        table[kept] = 1 + torch.arange(len(kept))
+        sample["ids"] = random_relabel(table[ids], config.num_ids, generator)
+    if config.needs_depth and "depth" in record:
+        try:
+            sample["depth"] = resize(relative_depth(record["depth"]))
+        except ValueError as error:
+            raise ValueError(f"{record['file_name']}: {error}") from None
+    return sample
 
 
 def keep_blocks(ids, seed, block, rate):
@@ -1197,7 +1354,8 @@ def keep_some(ids, seed, share):
 
 
 class TrainingStream(Dataset):
-    """The endless order of training samples: position p -> a prepared sample and its noise seed.
+    """The endless order of training samples: position p -> a prepared sample, its noise seed and
+    task, a place in config.tasks.
 
     Several data sets take turns, whatever their sizes. Everything random about position p depends
     on (seed, p) only: a resumed run and any number of ranks see the same samples.
@@ -1220,10 +1378,12 @@ class TrainingStream(Dataset):
         epoch, place = divmod(place, len(self.datasets[turn]))
         record = self.datasets[turn][self._order(turn, epoch)[place]]
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "sample", position))
-        sample = prepare(record, self.config, generator, augment=True)
-        seed = stable_seed(self.seed, "noise", position)
-        known = keep_some(sample["ids"].numpy(), seed, self.config.given)
-        return sample | {"known": known, "seed": seed}
+        seed, tasks = stable_seed(self.seed, "noise", position), self.config.tasks or TASKS[:1]
+        task = stable_seed(self.seed, "task", position) * len(tasks) >> 32
+        sample = prepare(record, self.config, generator, True, tasks[task])
+        share = self.config.given * (tasks[task] != "depth")
+        known = keep_some(sample["ids"].numpy(), seed, share)
+        return sample | {"known": known, "seed": seed, "task": task}
 
 
 def training_loader(stream, batch_size, accumulate, start, stop, workers):
@@ -1627,11 +1787,11 @@ def image_count(dataset, limit):
 
 
 @torch.no_grad()
-def predict_dataset(logits_of, dataset, config, device, seed=0, workers=0, limit=None):
-    """Run a model over this rank's share of a data set; yields (index, record, logits) per image.
+def predict_dataset(output_of, dataset, config, device, seed=0, workers=0, limit=None):
+    """Run a model over this rank's share of a data set; yields (index, record, output) per image.
 
-    logits_of: a function of the batch {"image", "ids", "seed"} to logits (B, N, H/2, W/2); an
-    image's noise seed and ids depend on `seed` and its image id only.
+    output_of: a function of the batch {"image", "ids", "seed"} to an output per image, e.g. logits
+    (B, N, H/2, W/2); an image's noise seed and ids depend on `seed` and its image id only.
     """
     rank, world = rank_and_world()
     indices = range(rank, image_count(dataset, limit), world)
@@ -1642,24 +1802,74 @@ def predict_dataset(logits_of, dataset, config, device, seed=0, workers=0, limit
         seeds = [stable_seed(seed, r["image_id"]) for r in records]
         samples = [prepare(r, config, torch.Generator().manual_seed(s), augment=False)
                    for r, s in zip(records, seeds)]
-        batch = {k: torch.stack([s[k] for s in samples]).to(device) for k in ("image", "ids")}
-        for record, logits in zip(records, logits_of(batch | {"seed": seeds})):
-            yield indices[done], record, logits
+        batch = {k: torch.stack([s[k] for s in samples]).to(device) for k in samples[0]}
+        for record, output in zip(records, output_of(batch | {"seed": seeds})):
+            yield indices[done], record, output
             done += 1
 
 
-def evaluate_pq(logits_of, dataset, config, device, min_area, pictures=0, **options):
-    """Class-agnostic PQ of `logits_of` over a data set and all ranks, and the first predictions.
+def tasks_of(config):
+    """What weights can do: their tasks, after "panoptic" where they know instance and semantic."""
+    tasks = config.tasks or TASKS[:1]
+    return ("panoptic", *tasks) if {"instance", "semantic"} <= set(tasks) else tasks
 
-    The truth is the untouched annotation. Returns PanopticQuality.compute() and the first
-    `pictures` pairs (record, predicted ids).
+
+def sampler_of(model, task, steps, eta, autocast):
+    """A function of a batch {"image", "seed"} to an output per image, as `draw_task` reads it."""
+    def sample(batch):
+        parts = ("instance", "semantic") if task == "panoptic" else (task,)
+        with autocast():
+            drawn = [model.sample(batch["image"], batch["seed"], steps, eta, p) for p in parts]
+        return zip(*drawn) if task == "panoptic" else drawn[0]
+
+    return sample
+
+
+def draw_task(output, task, size, config):
+    """An image's logits, of "panoptic" (instance logits, semantic logits) -> ids int (height,
+    width) = `size`, NumPy, and its segments_info; of "depth" float in [-1, 1], None."""
+    if task == "instance":
+        ids = segment(output, size, config)
+        return ids, segments_of(ids)
+    if task == "depth":
+        return F.interpolate(output[None].float(), size, mode="bilinear")[0, 0].cpu().numpy(), None
+    categories = json.loads(config.categories)
+    if task == "panoptic":
+        isthing = [c["isthing"] for c in categories]
+        ids, class_of = merge_panoptic(*output, size, isthing, config.mask_threshold,
+                                       config.min_area)
+    else:
+        ids, class_of = probabilities(output, size).argmax(0), range(len(categories) + 1)
+        ids = ids.masked_fill(ids > len(categories), VOID)
+    ids = ids.cpu().numpy()
+    return ids, [s | {"category_id": categories[class_of[s["id"]] - 1]["id"]}
+                 for s in segments_of(ids)]
+
+
+def evaluate_task(task, output_of, dataset, config, device, pictures=0, **options):
+    """The scores of a task over a data set and all ranks, and the first predictions.
+
+    The truth is the untouched annotation; "instance" is scored class-agnostically. Returns
+    PanopticQuality.compute() or DepthQuality.compute(), and the first `pictures` pairs (record,
+    predicted map). Raises ValueError where the data has other classes than the weights.
     """
-    metric, kept = PanopticQuality(dataset.categories, class_agnostic=True), []
-    for _, record, logits in predict_dataset(logits_of, dataset, config, device, **options):
-        ids = segment(logits, record["ids"].shape, replace(config, min_area=min_area))
-        metric.update(record["ids"], record["segments"], ids, segments_of(ids))
+    if task in ("panoptic", "semantic"):
+        ours, theirs = ([(c["id"], c["isthing"]) for c in categories]
+                        for categories in (json.loads(config.categories), dataset.categories))
+        if ours != theirs:
+            raise ValueError(f"the data has {len(theirs)} classes, (id, isthing) {theirs}, expected"
+                             f" those of the weights, {ours}")
+    metric = DepthQuality() if task == "depth" else PanopticQuality(
+        dataset.categories, class_agnostic=task == "instance")
+    kept = []
+    for _, record, output in predict_dataset(output_of, dataset, config, device, **options):
+        drawn, segments = draw_task(output, task, record["ids"].shape, config)
+        if task == "depth":
+            metric.update(record["depth"], drawn)
+        else:
+            metric.update(record["ids"], record["segments"], drawn, segments)
         if len(kept) < pictures:
-            kept.append((record, ids))
+            kept.append((record, drawn))
     metric.all_reduce(device)
     return metric.compute(), kept
 
@@ -1672,28 +1882,38 @@ def colorize(ids):
     return (palette[np.where(ids > 0, 1 + (ids - 1) % 255, 0)] * 255).astype(np.uint8)
 
 
+def colorize_depth(depth):
+    """float (H, W), NaN = invalid -> uint8 (H, W, 3), from its lowest value, bright yellow, over
+    red and violet to its highest, dark; invalid black."""
+    low, high = np.nanmin(depth), np.nanmax(depth)
+    place = np.nan_to_num(1 - (depth - low) / max(high - low, 1e-9))
+    stops = ((40, 130, 220, 250, 255), (30, 40, 70, 160, 250), (90, 140, 90, 50, 160))
+    rgb = [np.interp(place, np.linspace(0, 1, 5), stop) for stop in stops]
+    return (np.stack(rgb, -1) * np.isfinite(depth)[..., None]).astype(np.uint8)
+
+
 def overlay(image, ids):
     """Blend uint8 image (H, W, 3) with the colours of its segments; VOID shows the image."""
     mixed = 0.45 * image + 0.55 * colorize(ids)
     return np.where(ids[..., None] == VOID, image, mixed).astype(np.uint8)
 
 
-def write_panoptic(out, name, record, ids):
+def write_panoptic(out, name, record, ids, segments):
     """Write panoptic/NAME.png and overlay/NAME.png; returns its entries of `panoptic.json`."""
     name = str(Path(name).with_suffix(".png"))
     write_png(Path(out, "panoptic", name), id2rgb(ids))
     write_png(Path(out, "overlay", name), overlay(record["image"], ids))
     about = {"id": record["image_id"], "file_name": record["file_name"]}
     return (about | {"height": ids.shape[0], "width": ids.shape[1]},
-            {"image_id": about["id"], "file_name": name, "segments_info": segments_of(ids)})
+            {"image_id": about["id"], "file_name": name, "segments_info": segments})
 
 
-def write_panoptic_json(out, entries):
-    """panoptic.json of `write_panoptic`'s entries, in the COCO format; one category."""
+def write_panoptic_json(out, entries, categories=""):
+    """panoptic.json of `write_panoptic`'s entries, in the COCO format; categories: as JSON."""
     images, annotations = zip(*entries)
-    write_json(Path(out, "panoptic.json"),
-               {"images": images, "annotations": annotations,
-                "categories": [{"id": 1, "name": "segment", "isthing": 1}]})
+    categories = categories or '[{"id": 1, "name": "segment", "isthing": 1}]'
+    write_json(Path(out, "panoptic.json"), {"images": images, "annotations": annotations,
+                                            "categories": json.loads(categories)})
 
 
 def save_grid(path, titles, rows, tile=160):

@@ -2,6 +2,7 @@
 
     python train_ae.py                                     # generated scenes, on a laptop
     python train_ae.py --data shapes coco/ --set bits=7    # several data sets
+    python train_ae.py --target depth                      # the depth autoencoder (Supp. A)
     torchrun --nproc_per_node 8 train_ae.py --preset paper --data coco/
 
 The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt and
@@ -15,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
     MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, candidate_coords,
-    colorize, distribute, evaluate_pq, is_main, learning_rate, log_line, make_ema,
+    colorize, colorize_depth, depth_loss, distribute, evaluate_task, is_main, learning_rate, log_line, make_ema,
     make_optimizer, postprocess, progress, resume_run, run_script, save_grid, save_run,
     seeded_noise, segments_of, setup_distributed, training_config, training_data, training_loader,
     training_parser,
@@ -27,16 +28,23 @@ def latent_std(autoencoder, stream, device, count=128):
     """Standard deviation of the latents of the stream's first `count` samples."""
     latents = []
     for first in range(0, count, 16):
-        ids = torch.stack([stream[i]["ids"] for i in range(first, first + 16)]).to(device)
-        latents.append(autoencoder.encode(autoencoder.code(ids)))
+        targets = [stream[i][autoencoder.config.target] for i in range(first, first + 16)]
+        targets = torch.stack(targets).to(device)
+        latents.append(autoencoder.encode(autoencoder.code(targets)))
     return torch.cat(latents).std().item()
 
 
 def evaluate(autoencoder, val, config, device, args):
     """Reconstruction PQ (no area filter) and mIoU (Table S1), and rows of pictures.
 
-    mIoU is over the N - 1 random ids that the autoencoder was given, at its own resolution.
+    mIoU is over the N - 1 random ids that the autoencoder was given, at its own resolution. Of a
+    depth autoencoder: the depth metrics.
     """
+    options = dict(limit=args.limit or 200, workers=args.workers, seed=args.seed, pictures=8)
+    if config.target == "depth":
+        result, kept = evaluate_task("depth", lambda batch: autoencoder.reconstruct(batch["depth"]),
+                                     val, config, device, **options)
+        return result, [[colorize_depth(r["depth"]), colorize_depth(depth)] for r, depth in kept]
     by_id = PanopticQuality([{"id": i, "isthing": 1} for i in range(1, config.num_ids)])
 
     def reconstruct(batch):
@@ -46,16 +54,22 @@ def evaluate(autoencoder, val, config, device, args):
             by_id.update(truth, segments_of(truth, None), ids, segments_of(ids, None))
         return logits
 
-    options = dict(limit=args.limit or 200, workers=args.workers, seed=args.seed, pictures=8)
-    result, kept = evaluate_pq(reconstruct, val, config, device, min_area=0, **options)
+    unfiltered = replace(config, min_area=0)
+    result, kept = evaluate_task("instance", reconstruct, val, unfiltered, device, **options)
     by_id.all_reduce(device)
     rows = [[colorize(record["ids"]), colorize(ids)] for record, ids in kept]
-    return result["All"] | {"miou": by_id.compute()["miou"]}, rows
+    scores = {name: result["All"][name] for name in ("pq", "sq", "rq")}
+    return scores | {"miou": by_id.compute()["miou"]}, rows
 
 
 def main(argv=None):
-    args = training_parser(__doc__, "ae").parse_args(argv)
-    config = training_config(args, "ae")
+    parser = training_parser(__doc__, "ae")
+    parser.add_argument("--target", choices=("ids", "depth"), default="ids",
+                        help="what to compress (default: ids; depth goes to runs/ae_depth)")
+    args = parser.parse_args(argv)
+    config = replace(training_config(args, "ae"), target=args.target)
+    if args.target == "depth" and args.out == parser.get_default("out"):
+        args.out += "_depth"
     device, autocast = setup_distributed(args.device, args.amp)
     train, val = training_data(args, config.size)
     stream = TrainingStream(train, config, args.seed)
@@ -77,15 +91,18 @@ def main(argv=None):
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
-            ids = batch["ids"].to(device, non_blocking=True)
+            target = batch[config.target].to(device, non_blocking=True)
             coords = candidate_coords(batch["seed"], config.points, device)
             eps = seeded_noise(batch["seed"], config, device) if gaussian else None
             with autocast():
-                logits, kl = net(ids, eps)  # (B, N, H/2, W/2)
-                loss, parts = ae_loss(logits, ids, coords, config.points)
+                logits, kl = net(target, eps)  # (B, N, H/2, W/2)
+                if config.target == "depth":
+                    loss, parts = depth_loss(logits, target), {}
+                else:
+                    loss, parts = ae_loss(logits, target, coords, config.points)
                 loss = loss + config.kl_weight * kl
             scaler.scale(loss / args.accumulate).backward()
-            meter.add(len(ids), loss=loss, kl=kl, **parts)
+            meter.add(len(target), loss=loss, kl=kl, **parts)
         lr = learning_rate(step, steps, config.ae_lr, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -105,8 +122,8 @@ def main(argv=None):
             averaged = ema.module.eval()
             scores, rows = evaluate(averaged, val, config, device, args)
             std = latent_std(averaged, stream, device)
-            log_line(args.out, step=done, reconstruction_pq=scores["pq"], sq=scores["sq"],
-                     rq=scores["rq"], miou=scores["miou"], latent_std=std)
+            scores = {f"reconstruction_{name}": value for name, value in scores.items()}
+            log_line(args.out, step=done, **scores, latent_std=std)
             if is_main():
                 save_grid(f"{args.out}/step{done:06d}.png", ["truth", "reconstruction"], rows)
             measured = replace(config, mask_scale=config.mask_scale or config.mask_std / std)

@@ -1033,7 +1033,8 @@ def read_depth(path, shape):
     if depth.shape != shape or depth.dtype.kind != "f" and depth.dtype != np.uint16:
         raise ValueError(f"{path}: {depth.dtype} {depth.shape}, expected 16-bit integers or floats "
                          f"{shape} like its image")
-    return np.where(np.isfinite(depth) & (depth > 0), depth, np.nan).astype(np.float32)
+    depth = depth.astype(np.float32)
+    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(np.nan))
 
 
 def draw_instances(segments, size, where):
@@ -1046,19 +1047,18 @@ def draw_instances(segments, size, where):
 
     ids, runs = np.zeros(size, np.int32), []
     for shape in (s.get("segmentation") for s in segments):
-        rle, polygons = shape, isinstance(shape, list)
         try:
-            if not polygons and tuple(shape["size"]) != size:
-                raise ValueError("another size")
-            for p in shape if polygons else ():  # pycocotools never returns from infinity
-                if len(p) < 6 or len(p) % 2 or not np.abs(p).max() < 1e6:
-                    raise ValueError("coordinates")
-            if polygons or isinstance(shape["counts"], list):
+            if isinstance(rle := shape, list):
+                for x_y in shape:  # pycocotools never returns from infinity
+                    if len(x_y) < 6 or len(x_y) % 2 or not np.abs(x_y).max() < 1e6:
+                        raise ValueError("coordinates")
+                rle = coco.merge(coco.frPyObjects(shape, *size))
+            elif isinstance(shape["counts"], list):
                 rle = coco.frPyObjects(shape, *size)
-            rle = coco.merge(rle) if polygons else rle
-            if coco.decode(rle).sum() != coco.area(rle):  # pixels after the last run: undefined
-                raise ValueError("too few counts")
-        except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+            # pycocotools leaves pixels after the last run undefined
+            if tuple(rle["size"]) != size or coco.decode(rle).sum() != coco.area(rle):
+                raise ValueError("number of pixels")
+        except Exception as error:  # pycocotools raises this very class, too
             raise ValueError(f"{where}: segmentation {str(shape)[:60]} ({error!r}), expected RLE "
                              f"of size {size} or polygons [[x, y, x, y, x, y, ...]]") from None
         runs.append(rle)

@@ -33,7 +33,7 @@ def parse(argv):
     add("--weights", metavar="RUN",
         help="run folder or weights file (default: runs/ldm if there, else shipped)")
     add("--data", default="shapes",
-        help="'shapes', a COCO-layout folder or a panoptic JSON (default: shapes)")
+        help="'shapes', a COCO-layout folder or a COCO JSON (default: shapes)")
     add("--steps", type=int, nargs="+", default=[50],
         help="sampling steps; several make a table (default: 50)")
     add("--sampler", choices=SAMPLERS, default="ddim", help="see sample.py (default: ddim)")

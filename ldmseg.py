@@ -28,10 +28,12 @@ import os
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
+from glob import iglob
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -40,6 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from numpy.lib.format import read_array
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save
@@ -1030,9 +1033,10 @@ class ShapeScenes(Dataset):
         distances = np.sort(rng.uniform(0.1, 0.75, len(kinds)))[::-1].tolist()
         placed = []
         for kind, z in zip(kinds, distances):
-            inside = self._paint(rng, image, depth, z, horizon, light, palette, placed, kind)
+            window, inside = self._paint(
+                rng, image, depth, z, horizon, light, palette, placed, kind)
             categories.append(0 if kind < 0 else 1 + len(self.STUFF) + int(kind))
-            ids[inside] = len(categories)
+            ids[window][inside] = len(categories)
         haze = (0.55 * depth**1.5)[..., None]
         image = image * (1 - haze) + haze * rng.uniform(0.6, 0.95, 3).astype(np.float32)
         image = (image - 0.5) * rng.uniform(0.8, 1.1) + rng.uniform(0.45, 0.58)
@@ -1084,7 +1088,7 @@ class ShapeScenes(Dataset):
         )[kind]()
 
     def _paint(self, rng, image, depth, z, horizon, light, palette, placed, kind):
-        """Paint one thing (kind -1: a blob) at distance z; returns where, bool (H, W)."""
+        """Paint one thing (kind -1: a blob) at distance z; returns its window and where in it."""
         radius = rng.uniform(0.2, 0.265) * (1.2 - 0.65 * z)
         foot = horizon + (0.85 - z) / 0.65 * (1 - horizon)  # where the ground has this distance
         for _ in range(8):  # look for a place that does not hide another thing
@@ -1113,9 +1117,7 @@ class ShapeScenes(Dataset):
         image[window][(outline < 1.3) & ~inside] *= 0.72  # contact shadow on what is behind
         image[window][inside] = (base * ((1 + paint) * shade)[..., None]).clip(0, 1)[inside]
         depth[window][inside] = z
-        where = np.zeros(depth.shape, bool)
-        where[window] = inside
-        return where
+        return window, inside
 
     @staticmethod
     def _outline(kind, u, v):
@@ -1132,26 +1134,75 @@ class ShapeScenes(Dataset):
         )[kind]()
 
 
-def read_image(path):
-    """Image file -> uint8 (H, W, 3). FileNotFoundError or ValueError that names the file."""
+@contextmanager
+def reading(path, what):
+    """Turn what stops the reading of a file into a FileNotFoundError or ValueError naming it."""
     try:
-        with open(path, "rb") as file:
-            data = bytearray(file.read(25))
-            if not data.startswith(b"\x89PNG"):
-                with Image.open(path) as image:
-                    return np.asarray(image.convert("RGB"))
-            if data[24] == 16:
-                raise ValueError("16 bits per channel, expected 8")
-            data += file.read()
-        data = torch.frombuffer(data, dtype=torch.uint8)
-        rgb = decode_png(data, ImageReadMode.RGB)  # faster than Pillow
-        return rgb.permute(1, 2, 0).numpy()
+        yield
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
+        raise FileNotFoundError(f"{path}: no such {what}") from None
     except (IndexError, OSError, RuntimeError, SyntaxError, ValueError) as error:
         reason = str(error).splitlines()[0]
         reason = reason.partition(".cpp:")[2].partition(", ")[2] or reason
-        raise ValueError(f"{path}: not a readable image ({reason}); replace the file") from None
+        raise ValueError(f"{path}: not a readable {what} ({reason}); replace the file") from None
+
+
+def read_image(path):
+    """Image file -> uint8 (H, W, 3). FileNotFoundError or ValueError that names the file."""
+    with reading(path, "image"):
+        data = Path(path).read_bytes()
+        if not data.startswith(b"\x89PNG"):
+            return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+        if data[24] == 16:
+            raise ValueError("16 bits per channel, expected 8")
+        data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()  # faster than Pillow
+
+
+def read_depth(path, shape):
+    """`path` with the suffix .npy (floats) or .png (16 bits) -> depth float32 (H, W) = shape.
+
+    Its unit stays; what is 0, negative or not finite becomes NaN. Raises FileNotFoundError or
+    ValueError that names the file.
+    """
+    path = path.with_suffix(".npy" if path.with_suffix(".npy").exists() else ".png")
+    with reading(path, "depth map, .npy or .png"), open(path, "rb") as file:
+        depth = np.asarray(Image.open(file)) if path.suffix == ".png" else read_array(file)
+    if depth.shape != shape or depth.dtype.kind != "f" and depth.dtype != np.uint16:
+        raise ValueError(f"{path}: {depth.dtype} {depth.shape}, expected 16-bit integers or floats "
+                         f"{shape} like its image")
+    depth = depth.astype(np.float32)
+    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(np.nan))
+
+
+def draw_instances(segments, size, where):
+    """Draw the "segmentation" of segments, COCO polygons or RLE -> ids int32 (H, W) = size.
+
+    Where they overlap, the one of fewer pixels is on top. Raises ValueError, which starts with
+    `where`, if one cannot be drawn.
+    """
+    from pycocotools import mask as coco
+
+    ids, runs = np.zeros(size, np.int32), []
+    for shape in (s.get("segmentation") for s in segments):
+        try:
+            if isinstance(rle := shape, list):
+                for x_y in shape:  # pycocotools never returns from infinity
+                    if len(x_y) < 6 or len(x_y) % 2 or not np.abs(x_y).max() < 1e6:
+                        raise ValueError("coordinates")
+                rle = coco.merge(coco.frPyObjects(shape, *size))
+            elif isinstance(shape["counts"], list):
+                rle = coco.frPyObjects(shape, *size)
+            # pycocotools leaves pixels after the last run undefined
+            if tuple(rle["size"]) != size or coco.decode(rle).sum() != coco.area(rle):
+                raise ValueError("number of pixels")
+        except Exception as error:  # pycocotools raises this very class, too
+            raise ValueError(f"{where}: segmentation {str(shape)[:60]} ({error!r}), expected RLE "
+                             f"of size {size} or polygons [[x, y, x, y, x, y, ...]]") from None
+        runs.append(rle)
+    for i in sorted(range(len(runs)), key=lambda i: coco.area(runs[i]), reverse=True):
+        ids[coco.decode(runs[i]) > 0] = segments[i]["id"]
+    return ids
 
 
 def _panoptic_problems(data, categories, any_category):
@@ -1177,38 +1228,60 @@ def _panoptic_problems(data, categories, any_category):
                 yield f"{where}, segment {id} has category {category!r}, expected one of {known}"
 
 
-def read_panoptic(path, categories=None, any_category=False):
+def _group_instances(data):
+    """COCO instances in the panoptic form: an image's annotations are its segments 1..S."""
+    groups = defaultdict(list)
+    for annotation in data["annotations"]:
+        group = groups[annotation["image_id"]]
+        group.append({"iscrowd": 0} | annotation | {"id": len(group) + 1})
+    sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in data["images"]}
+    annotations = [{"image_id": id, "file_name": "", "size": sizes[id], "segments_info": group}
+                   for id, group in groups.items()]
+    categories = [{"isthing": 1} | c for c in data["categories"]]
+    return data | {"categories": categories, "annotations": annotations}
+
+
+def read_panoptic(path, categories=None, any_category=False, instances=False):
     """The content of a COCO panoptic JSON, every annotation checked.
 
     categories: those its segments may have (default: its own), unless `any_category`.
+    instances: COCO instances are accepted too and put into the panoptic form.
     Raises FileNotFoundError or ValueError naming the file, the image and what is wrong.
     """
+    expected = ("panoptic JSON (categories; annotations of image_id, file_name, segments_info "
+                "with id")
     try:
         data = json.loads(Path(path).read_text())
+        if instances and not any("segments_info" in a for a in data["annotations"]):
+            expected = ("instances JSON (categories; images of id, height, width; annotations of "
+                        "image_id, segmentation")
+            data = _group_instances(data)
         categories = data["categories"] if categories is None else categories
         problem = next(_panoptic_problems(data, categories, any_category), None)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotation file") from None
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        problem = ("expected COCO panoptic JSON (categories; annotations of image_id, file_name, "
-                   f"segments_info with id, category_id), got {type(error).__name__}: {error}")
+        problem = f"expected COCO {expected}, category_id), got {type(error).__name__}: {error}"
     if problem:
         raise ValueError(f"{path}: {problem}")
     return data
 
 
 class PanopticDataset(Dataset):
-    """Images with annotations in the COCO panoptic format; items as in ShapeScenes, without depth.
+    """Images with COCO annotations, panoptic or instances; items as in ShapeScenes.
 
-    json_path: the annotations, their PNGs in the folder of the same name without ".json";
-    image_dir: the images. The annotation is returned untouched, at its original size.
+    json_path: the annotations; panoptic PNGs are in the folder of the same name without ".json".
+    image_dir: the images, in it or in its sub-folders. The annotation is returned untouched, at its
+    original size; of instances, those that others hide are left out. depth: items have "depth",
+    from the folder image_dir + "_depth" (`read_depth`); otherwise they have none.
     Raises FileNotFoundError or ValueError naming the file, what was found and what was expected.
     """
 
-    def __init__(self, json_path, image_dir):
+    def __init__(self, json_path, image_dir, depth=False):
         self.json_path, self.image_dir = Path(json_path), Path(image_dir)
         self.mask_dir = self.json_path.with_suffix("")
-        data = read_panoptic(json_path)
+        self.depth_dir = Path(f"{self.image_dir}_depth") if depth else None
+        data = read_panoptic(json_path, instances=True)
         self.categories = data["categories"]
         try:
             names = {image["id"]: image["file_name"] for image in data["images"]}
@@ -1219,34 +1292,61 @@ class PanopticDataset(Dataset):
         self.segment_counts = [len(a["segments_info"]) for _, a in self.records]
         if not self.records:
             raise ValueError(f"{json_path}: no annotated image, expected at least one")
-        for folder in (self.image_dir, self.mask_dir):
+        mask_dir = None if "size" in self.records[0][1] else self.mask_dir
+        for folder in filter(None, (self.image_dir, mask_dir, self.depth_dir)):
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder}: no such folder, expected beside {json_path}")
+        self.places = defaultdict(list)  # base name -> the files below image_dir
+        for place in iglob("**/*.*", root_dir=image_dir, recursive=True):
+            self.places[os.path.basename(place)].append(place)
 
     def __len__(self):
         return len(self.records)
 
+    def find(self, file_name):
+        """Where an image is in image_dir: at file_name, else at the only path of its base name."""
+        if (self.image_dir / file_name).is_file():
+            return file_name
+        name = Path(file_name).name.replace("_gtFine", "")  # Cityscapes' JSON has it, no image
+        if len(found := self.places[name]) != 1:
+            raise FileNotFoundError(f"{self.image_dir / file_name}: no such image, and {name} is "
+                                    f"{len(found)} times below {self.image_dir}, expected once: "
+                                    + ", ".join(found))
+        return found[0]
+
     def __getitem__(self, index):
         file_name, annotation = self.records[index]
-        mask_path, segments = self.mask_dir / annotation["file_name"], annotation["segments_info"]
-        image, ids = read_image(self.image_dir / file_name), rgb2id(read_image(mask_path))
+        place, segments = self.find(file_name), annotation["segments_info"]
+        image = read_image(self.image_dir / place)
+        if drawn := "size" in annotation:
+            where = f"{self.json_path}: image {annotation['image_id']}"
+            ids = draw_instances(segments, annotation["size"], where)
+        else:
+            where = self.mask_dir / annotation["file_name"]
+            ids = rgb2id(read_image(where))
         if ids.shape != image.shape[:2]:
-            raise ValueError(f"{mask_path}: {ids.shape} pixels, expected {image.shape[:2]} like "
+            raise ValueError(f"{where}: {ids.shape} pixels, expected {image.shape[:2]} like "
                              f"its image {file_name}")
         known, found = {s["id"] for s in segments}, set(np.unique(ids).tolist()) - {VOID}
-        if odd := known ^ found:
-            place = "not in the PNG" if min(odd) in known else f"not in {self.json_path.name}"
-            raise ValueError(f"{mask_path}: {len(odd)} segment ids do not agree with the JSON, "
-                             f"expected none; the first, {min(odd)}, is {place}")
-        return {"image": image, "ids": ids, "segments": segments,
+        if drawn:
+            segments = [s for s in segments if s["id"] in found]
+        elif odd := known ^ found:
+            reason = "not in the PNG" if min(odd) in known else f"not in {self.json_path.name}"
+            raise ValueError(f"{where}: {len(odd)} segment ids do not agree with the JSON, "
+                             f"expected none; the first, {min(odd)}, is {reason}")
+        item = {"image": image, "ids": ids, "segments": segments,
                 "image_id": annotation["image_id"], "file_name": file_name}
+        if self.depth_dir:
+            item["depth"] = read_depth(self.depth_dir / place, ids.shape)
+        return item
 
 
-def open_dataset(data, split, images, size, kind):
+def open_dataset(data, split, images, size, kind, depth=False):
     """The data set that `--data`, `--split` and `--images` name.
 
-    data: "shapes" (generated at `size` pixels), a COCO-layout folder, or a panoptic JSON together
-    with `images`. split None: the only one whose name starts with `kind` ("train" or "val").
+    data: "shapes" (generated at `size` pixels), a COCO-layout folder, or a COCO JSON together with
+    `images`, "{split}" in both standing for the split. split None: the only one whose name starts
+    with `kind` ("train" or "val"); `kind` itself for "{split}". depth: items have "depth".
     """
     if data == "shapes":
         return ShapeScenes(split or kind, size)
@@ -1254,19 +1354,21 @@ def open_dataset(data, split, images, size, kind):
     if path.suffix == ".json":
         if images is None:
             raise ValueError(f"--data {data}: a JSON needs its images' folder, add --images DIR")
-        if split:
-            raise ValueError(f"--data {data}: a JSON is one split, expected no {flag} {split}")
-        return PanopticDataset(path, images)
+        if split and "{split}" not in data:
+            raise ValueError(f"--data {data}: a JSON is one split, expected no {flag} {split}, or "
+                             "{split} in the JSON's path")
+        data, images = (name.replace("{split}", split or kind) for name in (data, images))
+        return PanopticDataset(data, images, depth)
     if not (path / "annotations").is_dir():
         raise FileNotFoundError(f"--data {data}: no such data, expected 'shapes', a panoptic JSON "
                                 "or a folder with annotations/")
-    files = (path / "annotations").glob("panoptic_*.json")
-    splits = sorted(file.stem.removeprefix("panoptic_") for file in files)
-    matching = [s for s in splits if s == split or split is None and s.startswith(kind)]
+    files = path.glob("annotations/panoptic_*.json"), path.glob("annotations/instances_*.json")
+    files = {file.stem.partition("_")[2]: file for file in sorted(files[0]) or sorted(files[1])}
+    matching = [s for s in files if s == split or split is None and s.startswith(kind)]
     if len(matching) != 1:
-        raise ValueError(f"--data {data}: {flag} {split or 'not given'}, expected one of {splits}")
-    json_path = path / "annotations" / f"panoptic_{matching[0]}.json"
-    return PanopticDataset(json_path, images or path / matching[0])
+        raise ValueError(f"--data {data}: {flag} {split or 'not given'}, expected one of "
+                         f"{list(files)}")
+    return PanopticDataset(files[matching[0]], images or path / matching[0], depth)
 
 
 def relative_depth(depth):
@@ -1433,7 +1535,7 @@ def base_parser(description):
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--images", metavar="DIR", help="where the images are, when --data is a JSON")
+    add("--images", metavar="DIR", help="where the images of a JSON are; {split} as in --data")
     add("--split", help="split to evaluate (default: the data's only val*)")
     add("--limit", type=int, metavar="N",
         help="only the first N images of that split (default: all; in training 200 or 50)")
@@ -1455,8 +1557,8 @@ def training_parser(description, stage):
         help="override Config fields; those of tiny:\n"
              + "\n".join(f"{k}={v}" for k, v in asdict(Config()).items()))
     add("--data", nargs="+", default=["shapes"],
-        help="'shapes' (generated), COCO-layout folders, a panoptic JSON (default: shapes);\n"
-             "several take turns, the last one is evaluated")
+        help="'shapes' (generated), COCO-layout folders, JSONs, {split} standing for the split\n"
+             "(default: shapes); several take turns, the last one is evaluated")
     add("--train-split", metavar="SPLIT", help="to train on (default: the data's only train*)")
     add("--out", default=f"runs/{stage}", help="run folder (default: %(default)s)")
     add("--steps", type=int, help=f"optimizer steps (default: {stage}_steps)")
@@ -1480,10 +1582,11 @@ def training_config(args, stage):
     return replace(override(PRESETS[args.preset], args.set), **flags)
 
 
-def training_data(args, size):
-    """The training sets of `--data` and the evaluated split of the last one."""
-    train = [open_dataset(d, args.train_split, args.images, size, "train") for d in args.data]
-    return train, open_dataset(args.data[-1], args.split, args.images, size, "val")
+def training_data(args, size, depth=False):
+    """The training sets of `--data` and the evaluated split of the last one; see open_dataset."""
+    train = [open_dataset(d, args.train_split, args.images, size, "train", depth)
+             for d in args.data]
+    return train, open_dataset(args.data[-1], args.split, args.images, size, "val", depth)
 
 
 def setup_distributed(device=None, amp=None):

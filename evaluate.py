@@ -5,25 +5,28 @@
     python evaluate.py --weights runs/ae --data coco/      # stage 1: reconstruction
     python evaluate.py --gt panoptic_val2017.json --pred predictions.json --per-class
 
-The truth is the untouched annotation at its original size. With --weights, the masks carry no
-classes, so the score is class-agnostic; the row "autoencoder" is the truth encoded and decoded,
-the ceiling. With --gt and --pred, two files in the COCO panoptic format (JSON, PNGs with
-id = R + 256 G + 65536 B) are compared: PQ, SQ, RQ averaged over the N categories that occur, mIoU
-and pixel accuracy of the classes that the segments imply.
+The truth is the untouched annotation at its original size. Masks without classes (instance) are
+scored class-agnostically; the row "autoencoder" is the truth encoded and decoded, the ceiling.
+Depth is compared in the space of the truth's values (MiDaS: inverse depth), after least-squares
+scale and shift of each image. With --gt and --pred, two files in the COCO panoptic format (JSON,
+PNGs with id = R + 256 G + 65536 B) are compared: PQ, SQ, RQ averaged over the N categories that
+occur, mIoU and pixel accuracy of the classes that the segments imply.
 """
 
 import sys
 import time
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ldmseg import (
-    SAMPLERS, PanopticQuality, base_parser, default_weights, evaluate_pq, image_count, is_main,
+    SAMPLERS, PanopticQuality, base_parser, default_weights, evaluate_tasks, image_count, is_main,
     load_model, open_dataset, predict_dataset, progress, rank_and_world, read_image,
-    read_panoptic, run_script, setup_distributed, write_json,
+    read_panoptic, run_script, sampler_of, setup_distributed, tasks_of, write_json,
 )  # fmt: skip
 
 
@@ -37,6 +40,7 @@ def parse(argv):
     add("--steps", type=int, nargs="+", default=[50],
         help="sampling steps; several make a table (default: 50)")
     add("--sampler", choices=SAMPLERS, default="ddim", help="see sample.py (default: ddim)")
+    add("--task", choices=COLUMNS, help="what to score (default: all that the weights can do)")
     add("--min-area", type=int, metavar="PIXELS",
         help="drop smaller segments (default: the weights' own; stage 1: 0)")
     add("--gt", metavar="JSON", help="compare files, no model: the truth")
@@ -151,44 +155,78 @@ def print_table(result, categories, per_class):
                       f"{row['sq']:.4f}  {row['rq']:.4f}  {row['tp']}, {row['fp']}, {row['fn']}")
 
 
+COLUMNS = {  # of the table: where they are in a task's result
+    "panoptic": {"PQ": ("All", "pq"), "SQ": ("All", "sq"), "RQ": ("All", "rq"),
+                 "PQ th": ("Things", "pq"), "PQ st": ("Stuff", "pq")},
+    "semantic": {"mIoU": ("miou",)},
+    "instance": {"PQ": ("All", "pq"), "SQ": ("All", "sq"), "RQ": ("All", "rq")},
+    "depth": {"AbsRel": ("abs_rel",), "RMSE": ("rmse",), "d<1.25": ("delta_1.25",)},
+}
+
+
+def as_json(results):
+    """One object of the results of tasks, in the format of --gt and --pred."""
+    merged = {}
+    for task, result in results.items():  # "panoptic" is the first
+        if task == "semantic":
+            merged |= {name: result[name] for name in ("miou", "pixel_accuracy")}
+        else:
+            merged |= {task: result} if task == "depth" or "All" in merged else result
+    return merged
+
+
 def score_weights(args):
     """The sweep over --steps and the autoencoder's own score, printed as a table."""
     device, autocast = setup_distributed(args.device, args.amp)
     path = args.weights or default_weights("runs/ldm")
     model = load_model(path, device)
     config, autoencoder = model.config, getattr(model, "autoencoder", model)
-    model = None if model is autoencoder else model
-    dataset = open_dataset(args.data, args.split, args.images, config.size, "val")
-    min_area = args.min_area if args.min_area is not None else config.min_area if model else 0
-    images = image_count(dataset, args.limit)
-    for steps in args.steps if model else ():
+    target = autoencoder.config.target
+    own = "depth" if target == "depth" else "instance"  # the task of the autoencoder alone
+    known = [own] if model is autoencoder else tasks_of(config)
+    if args.task not in (None, *known):
+        raise ValueError(f"--task {args.task}: {path} knows {', '.join(known)}")
+    tasks = [t for t in COLUMNS if t in known and args.task in (None, t)]
+    dataset = open_dataset(args.data, args.split, args.images, config.size, "val",
+                           "depth" in tasks)
+    if args.min_area is not None or model is autoencoder:
+        config = replace(config, min_area=args.min_area or 0)
+    images, samplers = image_count(dataset, args.limit), {}
+    for steps in args.steps if model is not autoencoder else ():
         model.schedule.timesteps(steps)  # an impossible number of steps stops here
+        samplers[steps] = sampler_of(model, tasks, steps, SAMPLERS[args.sampler], autocast)
 
-    def score(name, logits_of):
+    def reconstruct(batch):
+        return [{own: one} for one in autoencoder.reconstruct(batch[target])]
+
+    def score(name, tasks, logits_of):
         start = time.time()
-        result, _ = evaluate_pq(logits_of, dataset, config, device, min_area, limit=args.limit,
-                                seed=args.seed, workers=args.workers)
+        results, _ = evaluate_tasks(tasks, logits_of, dataset, config, device, limit=args.limit,
+                                    seed=args.seed, workers=args.workers)
         seconds = (time.time() - start) * rank_and_world()[1] / images
         if is_main():
-            print(f"{name:>12}  " + "  ".join(f"{result['All'][k]:.4f}" for k in ("pq", "sq", "rq"))
-                  + f"  {seconds:.3f}")
-        return result | {"seconds_per_image": seconds}
+            cells = [f"{reduce(getitem, place, results[task]):8.4f}"
+                     for task in tasks for place in COLUMNS[task].values()]
+            print(f"{name:>12}" + "".join(cells) + f"{seconds:9.3f}")
+        return as_json(results) | {"seconds_per_image": seconds}
 
-    def sample(batch, steps):
-        with autocast():
-            return model.sample(batch["image"], batch["seed"], steps, SAMPLERS[args.sampler])
+    def print_titles(tasks):
+        titles = [(task, title) for task in tasks for title in COLUMNS[task]]
+        print(" " * 12 + "".join(f"{title:>8}" for _, title in titles) + "  s/image"
+              f" (loading, scoring included; {', '.join(tasks)})")
 
-    if model:  # the first call is slow
-        list(predict_dataset(partial(sample, steps=1), dataset, config, device, limit=1))
     if is_main():
-        print(f"{path} on {images} images of {args.data}, class-agnostic, mask_threshold "
-              f"{config.mask_threshold}, min_area {min_area}")
-        print(f"{'':>12}  PQ      SQ      RQ      s/image (with loading and scoring)")
-    ceiling = score("autoencoder", lambda batch: autoencoder.reconstruct(batch["ids"]))
-    sweep = [score(f"{n} steps", partial(sample, steps=n)) | {"steps": n}
-             for n in (args.steps if model else ())]
+        print(f"{path} on {images} images of {args.data}, mask_threshold {config.mask_threshold}, "
+              f"min_area {config.min_area}; instance is class-agnostic")
+        print_titles([own])
+    ceiling = score("autoencoder", [own], reconstruct)
+    if is_main() and tasks != [own]:
+        print_titles(tasks)
+    if samplers:  # the first call is slow
+        list(predict_dataset(samplers[args.steps[0]], dataset, config, device, limit=1))
+    sweep = [score(f"{n} steps", tasks, sample) | {"steps": n} for n, sample in samplers.items()]
     result = {"sweep": sweep} if len(sweep) > 1 else (sweep or [ceiling])[0]
-    return result | {"autoencoder": ceiling["All"]}
+    return result | {"autoencoder": ceiling.get("All", ceiling)}
 
 
 def main(argv=None):

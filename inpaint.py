@@ -142,7 +142,7 @@ def complete_image(model, args, device, autocast):
     names = [f"{Path(name).stem}_{k}" for k in range(1, len(masks) + 1)] if masks[1:] else [name]
     about = {"image": image, "file_name": name}
     write_panoptic_json(args.out, [
-        write_panoptic(args.out, n, about | {"image_id": Path(n).stem}, mask)
+        write_panoptic(args.out, n, about | {"image_id": Path(n).stem}, mask, segments_of(mask))
         for n, mask in zip(names, masks)])
     gray = {"confidence": np.mean(confidence, 0)}
     if masks[1:]:

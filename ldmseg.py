@@ -627,8 +627,10 @@ class LDMSeg(nn.Module):
         z = self.autoencoder.encode(self.autoencoder.code(ids)).float()
         return z * self.config.mask_scale
 
-    def decode_mask(self, z):
-        """Scaled mask latents (B, 4, h, w) -> logits (B, N, H/2, W/2)."""
+    def decode(self, z, task="instance"):
+        """Scaled latents (B, 4, h, w) -> logits (B, N, H/2, W/2), or depth (B, 1, H/2, W/2)."""
+        if task == "depth":
+            return self.depth_autoencoder.decode(z / self.config.depth_scale)
         return self.autoencoder.decode(z / self.config.mask_scale)
 
     @torch.no_grad()
@@ -752,9 +754,7 @@ class LDMSeg(nn.Module):
         noise = seeded_noise(seeds, self.config, image.device)
         *_, x0 = self.denoise(self.encode_image(image), noise, steps, eta, seeds,
                               self.task_of(task, len(image)))
-        if task == "depth":
-            return self.depth_autoencoder.decode(x0 / self.config.depth_scale)
-        return self.decode_mask(x0)
+        return self.decode(x0, task)
 
     @torch.no_grad()
     def inpaint(self, image, ids, known, seeds, steps, known_share=1.0, repeats=1):
@@ -769,7 +769,7 @@ class LDMSeg(nn.Module):
         *_, x0 = self.denoise(self.encode_image(image), noise, steps, 0.0, seeds,
                               self.task_of("instance", len(image)),
                               self.give(ids, known, known_share), repeats)
-        return self.decode_mask(x0), x0
+        return self.decode(x0), x0
 
 
 # ---- 10. Logits -> segments (Supp. A) ----------------------------------------------------------
@@ -1485,7 +1485,9 @@ class TrainingStream(Dataset):
         sample = prepare(record, self.config, generator, True, tasks[task])
         share = self.config.given * (tasks[task] != "depth")
         known = keep_some(sample["ids"].numpy(), seed, share)
-        return sample | {"known": known, "seed": seed, "task": task}
+        extra = {"known": torch.from_numpy(known)} if self.config.given else {}
+        extra |= {"task": task} if self.config.tasks else {}
+        return sample | extra | {"seed": seed}
 
 
 def training_loader(stream, batch_size, accumulate, start, stop, workers):
@@ -1917,64 +1919,72 @@ def tasks_of(config):
     return ("panoptic", *tasks) if {"instance", "semantic"} <= set(tasks) else tasks
 
 
-def sampler_of(model, task, steps, eta, autocast):
-    """A function of a batch {"image", "seed"} to an output per image, as `draw_task` reads it."""
+def sampler_of(model, tasks, steps, eta, autocast):
+    """A function of a batch {"image", "seed"} to {task: logits} of each image, as `draw_task` reads
+    them for these tasks."""
+    parts = [t for t in TASKS if t in tasks or t != "depth" and "panoptic" in tasks]
+
     def sample(batch):
-        parts = ("instance", "semantic") if task == "panoptic" else (task,)
         with autocast():
-            drawn = [model.sample(batch["image"], batch["seed"], steps, eta, p) for p in parts]
-        return zip(*drawn) if task == "panoptic" else drawn[0]
+            drawn = [model.sample(batch["image"], batch["seed"], steps, eta, t) for t in parts]
+        return [dict(zip(parts, logits)) for logits in zip(*drawn)]
 
     return sample
 
 
-def draw_task(output, task, size, config):
-    """An image's logits, of "panoptic" (instance logits, semantic logits) -> ids int (height,
-    width) = `size`, NumPy, and its segments_info; of "depth" float in [-1, 1], None."""
+def draw_task(logits, task, size, config):
+    """An image's {task: logits} -> ids int (height, width) = `size`, NumPy, and its segments_info;
+    of "depth" float (height, width) in [-1, 1], None."""
     if task == "instance":
-        ids = segment(output, size, config)
+        ids = segment(logits[task], size, config)
         return ids, segments_of(ids)
     if task == "depth":
-        return F.interpolate(output[None].float(), size, mode="bilinear")[0, 0].cpu().numpy(), None
+        depth = F.interpolate(logits[task][None].float(), size, mode="bilinear")[0, 0]
+        return depth.cpu().numpy(), None
     categories = json.loads(config.categories)
     if task == "panoptic":
         isthing = [c["isthing"] for c in categories]
-        ids, class_of = merge_panoptic(*output, size, isthing, config.mask_threshold,
-                                       config.min_area)
+        ids, class_of = merge_panoptic(logits["instance"], logits["semantic"], size, isthing,
+                                       config.mask_threshold, config.min_area)
     else:
-        ids, class_of = probabilities(output, size).argmax(0), range(len(categories) + 1)
+        ids, class_of = probabilities(logits[task], size).argmax(0), range(len(categories) + 1)
         ids = ids.masked_fill(ids > len(categories), VOID)
     ids = ids.cpu().numpy()
     return ids, [s | {"category_id": categories[class_of[s["id"]] - 1]["id"]}
                  for s in segments_of(ids)]
 
 
-def evaluate_task(task, output_of, dataset, config, device, pictures=0, **options):
-    """The scores of a task over a data set and all ranks, and the first predictions.
+def evaluate_tasks(tasks, logits_of, dataset, config, device, pictures=0, **options):
+    """The scores of tasks over a data set and all ranks, and the first predictions.
 
-    The truth is the untouched annotation; "instance" is scored class-agnostically. Returns
-    PanopticQuality.compute() or DepthQuality.compute(), and the first `pictures` pairs (record,
-    predicted map). Raises ValueError where the data has other classes than the weights.
+    logits_of: a function of a batch to {task: logits} of each image. The truth is the untouched
+    annotation; "instance" is scored class-agnostically. Returns {task: PanopticQuality.compute() or
+    DepthQuality.compute()}, and of the first `pictures` images (record, {task: map}). Raises
+    ValueError where the data has other classes than the weights.
     """
-    if task in ("panoptic", "semantic"):
+    if {"panoptic", "semantic"} & set(tasks):
         ours, theirs = ([(c["id"], c["isthing"]) for c in categories]
                         for categories in (json.loads(config.categories), dataset.categories))
         if ours != theirs:
             raise ValueError(f"the data has {len(theirs)} classes, (id, isthing) {theirs}, expected"
                              f" those of the weights, {ours}")
-    metric = DepthQuality() if task == "depth" else PanopticQuality(
-        dataset.categories, class_agnostic=task == "instance")
+    metrics = {task: DepthQuality() if task == "depth" else
+               PanopticQuality(dataset.categories, class_agnostic=task == "instance")
+               for task in tasks}
     kept = []
-    for _, record, output in predict_dataset(output_of, dataset, config, device, **options):
-        drawn, segments = draw_task(output, task, record["ids"].shape, config)
-        if task == "depth":
-            metric.update(record["depth"], drawn)
-        else:
-            metric.update(record["ids"], record["segments"], drawn, segments)
+    for _, record, logits in predict_dataset(logits_of, dataset, config, device, **options):
+        size, drawn = record["ids"].shape, {}
+        for task, metric in metrics.items():
+            drawn[task], segments = draw_task(logits, task, size, config)
+            if task == "depth":
+                metric.update(record["depth"], drawn[task])
+            else:
+                metric.update(record["ids"], record["segments"], drawn[task], segments)
         if len(kept) < pictures:
             kept.append((record, drawn))
-    metric.all_reduce(device)
-    return metric.compute(), kept
+    for metric in metrics.values():
+        metric.all_reduce(device)
+    return {task: metric.compute() for task, metric in metrics.items()}, kept
 
 
 def colorize(ids):

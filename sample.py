@@ -4,10 +4,14 @@
     python sample.py cat.jpg street.png        # your images
     python sample.py --data coco/ --weights runs/coco --limit 100
 
+    python sample.py --task depth --weights runs/tasks cat.jpg
+
 Leaves in --out: panoptic.json and panoptic/*.png, the COCO panoptic format (a pixel's id is
 R + 256 G + 65536 B, 0 = VOID), which evaluate.py --pred reads; overlay/*.png; grid.png with the
 first eight images; denoising.png with the prediction after 1, 5, 10, 20, 50 steps of one run
-(Fig. S5); noises.png with two noises (Fig. 10).
+(Fig. S5); noises.png with two noises (Fig. 10). With weights that know classes, segments have the
+category_id of their class, and --task semantic draws one segment for each class. --task depth
+leaves depth/*.png instead, 16 bits, from 1, the nearest, to 65535, and coloured overlay/*.png.
 """
 
 from pathlib import Path
@@ -17,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from ldmseg import (
-    SAMPLERS, LDMSeg, ShapeScenes, base_parser, colorize, default_weights, is_main, load_model,
-    open_dataset, overlay, predict_dataset, prepare, rank_and_world, read_image,
-    run_script, save_grid, seeded_noise, segment, setup_distributed, stable_seed, write_panoptic,
-    write_panoptic_json,
+    SAMPLERS, TASKS, LDMSeg, ShapeScenes, base_parser, colorize, colorize_depth, default_weights,
+    draw_task, is_main, load_model, open_dataset, overlay, predict_dataset, prepare,
+    rank_and_world, read_image, run_script, sampler_of, save_grid, seeded_noise,
+    setup_distributed, stable_seed, tasks_of, write_panoptic, write_panoptic_json, write_png,
 )  # fmt: skip
 
 SHOWN = (1, 5, 10, 20, 50)
@@ -46,6 +50,8 @@ def parse(argv):
     add("--steps", type=int, default=50, help="denoising steps (default: 50)")
     add("--sampler", choices=SAMPLERS, default="ddim",
         help="ddim: deterministic given its first noise; ddpm: fresh noise in each step")
+    add("--task", choices=("panoptic", *TASKS),
+        help="what to draw (default: the first of these that the weights know)")
     add("--out", default="runs/sample", help="output folder (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -60,7 +66,7 @@ def choose_images(args, size):
             raise FileNotFoundError(f"{missing[0]}: no such image file ({len(missing)} missing)")
         stems = [Path(p).stem for p in args.paths]
         inputs = {Path(p).resolve() for p in args.paths}
-        written = [Path(args.out, folder) for folder in ("panoptic", "overlay")]
+        written = [Path(args.out, folder) for folder in ("panoptic", "overlay", "depth")]
         twice = [s for s in stems if stems.count(s) > 1
                  or any((folder / f"{s}.png").resolve() in inputs for folder in written)]
         if twice:
@@ -79,31 +85,38 @@ def batch_of(records, model, seed, device):
     return torch.stack([s["image"] for s in samples]).to(device)
 
 
+def picture(logits, size, config, task):
+    """uint8 (height, width, 3): the colours of what is drawn."""
+    drawn, _ = draw_task({task: logits}, task, size, config)
+    return colorize_depth(drawn) if task == "depth" else colorize(drawn)
+
+
 @torch.no_grad()
-def draw_denoising(model, records, args, device, path):
+def draw_denoising(model, records, task, args, device, path):
     """Fig. S5: the predicted mask along one run."""
     image = batch_of(records, model, args.seed, device)
     seeds = [stable_seed(args.seed, r["image_id"]) for r in records]
     noise = seeded_noise(seeds, model.config, device)
     rows = [[r["image"]] for r in records]
     for step, x0 in enumerate(model.denoise(
-            model.encode_image(image), noise, args.steps, SAMPLERS[args.sampler], seeds), start=1):
+            model.encode_image(image), noise, args.steps, SAMPLERS[args.sampler], seeds,
+            model.task_of(task, len(image))), start=1):
         if step in SHOWN or step == args.steps:
-            for row, logits in zip(rows, model.decode_mask(x0)):
-                row.append(colorize(segment(logits, row[0].shape[:2], model.config)))
+            for row, logits in zip(rows, model.decode(x0, task)):
+                row.append(picture(logits, row[0].shape[:2], model.config, task))
     shown = [f"step {s}" for s in range(1, args.steps + 1) if s in SHOWN or s == args.steps]
     save_grid(path, ["image", *shown], rows)
 
 
-def draw_noises(model, records, args, device, path):
+def draw_noises(model, records, task, args, device, path):
     """Fig. 10: the same images from two noises, each shared by all images; the ids differ."""
     image = batch_of(records, model, args.seed, device)
     rows = [[r["image"]] for r in records]
     for noise in (0, 1):
         seeds = [stable_seed(args.seed, "noise", noise)] * len(records)
-        logits = model.sample(image, seeds, args.steps, SAMPLERS[args.sampler])
+        logits = model.sample(image, seeds, args.steps, SAMPLERS[args.sampler], task)
         for row, one in zip(rows, logits):
-            row.append(colorize(segment(one, row[0].shape[:2], model.config)))
+            row.append(picture(one, row[0].shape[:2], model.config, task))
     save_grid(path, ["image", "noise 1", "noise 2"], rows)
 
 
@@ -112,21 +125,27 @@ def main(argv=None):
     device, autocast = setup_distributed(args.device, args.amp)
     model = load_model(args.weights or default_weights("runs/ldm"), device, LDMSeg)
     model.schedule.timesteps(args.steps)  # an impossible number of steps stops here
-    dataset, limit = choose_images(args, model.config.size)
-    out = Path(args.out)
-
-    def sample(batch):
-        with autocast():
-            return model.sample(batch["image"], batch["seed"], args.steps, SAMPLERS[args.sampler])
-
-    entries, rows, first = [], [], []
+    config, task = model.config, args.task or tasks_of(model.config)[0]
+    for part in ("instance", "semantic") if task == "panoptic" else (task,):
+        model.task_of(part, 1)  # an unknown task stops here
+    dataset, limit = choose_images(args, config.size)
+    out, entries, rows, first = Path(args.out), [], [], []
+    sample = sampler_of(model, [task], args.steps, SAMPLERS[args.sampler], autocast)
     options = dict(seed=args.seed, workers=args.workers, limit=limit)
-    for index, record, logits in predict_dataset(sample, dataset, model.config, device, **options):
-        ids = segment(logits, record["ids"].shape, model.config)
-        entries.append((index, write_panoptic(out, record["file_name"], record, ids)))
-        if len(rows) < 8:
+    for index, record, logits in predict_dataset(sample, dataset, config, device, **options):
+        name, image = str(Path(record["file_name"]).with_suffix(".png")), record["image"]
+        drawn, segments = draw_task(logits, task, image.shape[:2], config)
+        if task == "depth":
+            entries.append((index, name))
+            write_png(out / "depth" / name, (1 + 32767 * (drawn.clip(-1, 1) + 1)).astype(np.uint16))
+            write_png(out / "overlay" / name, colorize_depth(drawn))
+            columns = [colorize_depth(drawn)]
+        else:
+            entries.append((index, write_panoptic(out, name, record, drawn, segments)))
             truth = [] if args.paths else [colorize(record["ids"])]
-            rows.append([record["image"], *truth, colorize(ids), overlay(record["image"], ids)])
+            columns = [*truth, colorize(drawn), overlay(image, drawn)]
+        if len(rows) < 8:
+            rows.append([image, *columns])
             first.append(record)
 
     gathered = [None] * rank_and_world()[1]
@@ -135,12 +154,15 @@ def main(argv=None):
         entries = [e for part in gathered for e in part]
     if not is_main():
         return
-    write_panoptic_json(out, [e for _, e in sorted(entries, key=lambda e: e[0])])
-    titles = ["image", *([] if args.paths else ["truth"]), "prediction", "overlay"]
-    save_grid(out / "grid.png", titles, rows)
+    if task != "depth":
+        write_panoptic_json(out, [e for _, e in sorted(entries, key=lambda e: e[0])],
+                            config.categories if task != "instance" else "")
+    titles = ["truth"] * (task != "depth" and not args.paths) + ["prediction", "overlay"]
+    save_grid(out / "grid.png", ["image", *titles][: len(rows[0])], rows)
     with autocast():
-        draw_denoising(model, first[:4], args, device, out / "denoising.png")
-        draw_noises(model, first[:4], args, device, out / "noises.png")
+        single = "instance" if task == "panoptic" else task
+        draw_denoising(model, first[:4], single, args, device, out / "denoising.png")
+        draw_noises(model, first[:4], single, args, device, out / "noises.png")
     print(f"{len(entries)} images -> {out}/ (see grid.png, denoising.png, noises.png)")
 
 

@@ -15,9 +15,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, candidate_coords,
-    colorize, colorize_depth, depth_loss, distribute, evaluate_task, is_main, learning_rate, log_line, make_ema,
-    make_optimizer, postprocess, progress, resume_run, run_script, save_grid, save_run,
+    MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, candidate_coords, colorize,
+    colorize_depth, depth_loss, distribute, evaluate_tasks, is_main, learning_rate, log_line,
+    make_ema, make_optimizer, postprocess, progress, resume_run, run_script, save_grid, save_run,
     seeded_noise, segments_of, setup_distributed, training_config, training_data, training_loader,
     training_parser,
 )  # fmt: skip
@@ -41,25 +41,27 @@ def evaluate(autoencoder, val, config, device, args):
     depth autoencoder: the depth metrics.
     """
     options = dict(limit=args.limit or 200, workers=args.workers, seed=args.seed, pictures=8)
-    if config.target == "depth":
-        result, kept = evaluate_task("depth", lambda batch: autoencoder.reconstruct(batch["depth"]),
-                                     val, config, device, **options)
-        return result, [[colorize_depth(r["depth"]), colorize_depth(depth)] for r, depth in kept]
     by_id = PanopticQuality([{"id": i, "isthing": 1} for i in range(1, config.num_ids)])
 
     def reconstruct(batch):
-        logits = autoencoder.reconstruct(batch["ids"])
+        logits = autoencoder.reconstruct(batch[config.target])
+        if config.target == "depth":
+            return [{"depth": one} for one in logits]
         for truth, one in zip(batch["ids"].cpu().numpy(), logits):
             ids = postprocess(one, truth.shape, 0, 0).cpu().numpy()
             by_id.update(truth, segments_of(truth, None), ids, segments_of(ids, None))
-        return logits
+        return [{"instance": one} for one in logits]
 
-    unfiltered = replace(config, min_area=0)
-    result, kept = evaluate_task("instance", reconstruct, val, unfiltered, device, **options)
+    task = "depth" if config.target == "depth" else "instance"
+    results, kept = evaluate_tasks([task], reconstruct, val, replace(config, min_area=0), device,
+                                   **options)
+    if task == "depth":
+        return results[task], [[colorize_depth(m) for m in (record[task], drawn[task])]
+                               for record, drawn in kept]
     by_id.all_reduce(device)
-    rows = [[colorize(record["ids"]), colorize(ids)] for record, ids in kept]
-    scores = {name: result["All"][name] for name in ("pq", "sq", "rq")}
-    return scores | {"miou": by_id.compute()["miou"]}, rows
+    rows = [[colorize(record["ids"]), colorize(drawn[task])] for record, drawn in kept]
+    pq, sq, rq = (results[task]["All"][name] for name in ("pq", "sq", "rq"))
+    return dict(reconstruction_pq=pq, sq=sq, rq=rq, miou=by_id.compute()["miou"]), rows
 
 
 def main(argv=None):
@@ -71,7 +73,7 @@ def main(argv=None):
     if args.target == "depth" and args.out == parser.get_default("out"):
         args.out += "_depth"
     device, autocast = setup_distributed(args.device, args.amp)
-    train, val = training_data(args, config.size)
+    train, val = training_data(args, config.size, config.needs_depth)
     stream = TrainingStream(train, config, args.seed)
 
     torch.manual_seed(args.seed)
@@ -122,7 +124,6 @@ def main(argv=None):
             averaged = ema.module.eval()
             scores, rows = evaluate(averaged, val, config, device, args)
             std = latent_std(averaged, stream, device)
-            scores = {f"reconstruction_{name}": value for name, value in scores.items()}
             log_line(args.out, step=done, **scores, latent_std=std)
             if is_main():
                 save_grid(f"{args.out}/step{done:06d}.png", ["truth", "reconstruction"], rows)

@@ -2,11 +2,12 @@
 
     python train_ldm.py                                     # generated scenes, on a laptop
     python train_ldm.py --data coco/ --ae runs/ae --out runs/coco
+    python train_ldm.py --tasks instance semantic depth     # several tasks (Supp. A)
     torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --accumulate 2 \\
         --set checkpointing=1
 
 The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt and
-a picture per evaluation (image | truth | prediction | autoencoder alone) in the run folder.
+a picture per evaluation (image | truth | autoencoder alone | prediction) in the run folder.
 """
 
 import json
@@ -20,19 +21,27 @@ import torch.nn as nn
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    SD_VAE, Config, LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize, default_weights,
-    distribute, evaluate_pq, from_pretrained, is_main, learning_rate, load_model, load_sd_unet,
-    log_line, make_ema, make_optimizer, override, progress, resume_run, run_script, save_grid,
-    save_run, seeded_noise, setup_distributed, stable_seed, training_config, training_data,
-    training_loader, training_parser,
+    SD_VAE, TASKS, Config, LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize, colorize_depth,
+    default_weights, distribute, evaluate_tasks, from_pretrained, is_main, learning_rate,
+    load_model, load_sd_unet, log_line, make_ema, make_optimizer, override, progress, resume_run,
+    run_script, sampler_of, save_grid, save_run, seeded_noise, setup_distributed, stable_seed,
+    tasks_of, training_config, training_data, training_loader, training_parser,
 )  # fmt: skip
+
+
+NETWORK = ("prediction", "latent_channels", "bits", "codes", "latents", "ae_widths", "tasks",
+           "task_width", "image_encoder", "stem_widths", "unet_widths", "unet_attention",
+           "unet_layers", "unet_heads")  # what two runs must share for one to start from the other
 
 
 def parse(argv):
     parser = training_parser(__doc__, "ldm")
     add = parser.add_argument
-    add("--ae", metavar="RUN",
-        help="stage 1's run, or the authors' ae.pt (default: runs/ae if there, else shipped)")
+    add("--ae", nargs="+", metavar="RUN",
+        help="stage 1's run, or the authors' ae.pt (default: runs/ae if there, else shipped);\n"
+             "for the task depth another after it (default: runs/ae_depth)")
+    add("--tasks", nargs="+", choices=TASKS, default=[],
+        help="tasks to learn, told apart by an embedding (default: instance alone, without one)")
     add("--sd", metavar="DIR_OR_ID",
         help="start from Stable Diffusion v1 (folder or hub id), a run of this script, or none:\n"
              "random weights (default: CompVis/stable-diffusion-v1-4 if --preset paper, else none)")
@@ -68,48 +77,43 @@ def pretrained_encoder(config, sd):
     return weights, replace(config, encoder_json=json.dumps(about))
 
 
-def continue_from(run, config, autoencoder):
-    """LDMSeg with the image encoder and UNet of a run, and this command's autoencoder and Config.
+def build_model(config, autoencoders, sd):
+    """LDMSeg with the trained autoencoders, and the weights that `sd` names.
 
-    Raises ValueError naming the field where the run has another network.
+    Raises ValueError naming the field where `sd` is a run with another network.
     """
-    start = load_model(run, kind=LDMSeg)
-    for name in ("prediction", "latent_channels", "image_encoder", "stem_widths", "unet_widths",
-                 "unet_attention", "unet_layers", "unet_heads"):
-        theirs, ours = getattr(start.config, name), getattr(config, name)
-        if theirs != ours:
-            raise ValueError(f"--sd {run}: its {name} is {theirs}, expected {ours}; use the same "
-                             f"--preset, --set or --image-encoder")
-    model = LDMSeg(replace(config, encoder_json=start.config.encoder_json))
-    for part, weights in (("autoencoder", autoencoder), ("image_encoder", start.image_encoder),
-                          ("unet", start.unet)):
-        getattr(model, part).load_state_dict(weights.state_dict())
-    return model
-
-
-def build_model(config, autoencoder, sd):
-    """LDMSeg with the trained autoencoder, and the weights that `sd` names."""
+    start, encoder_weights = None, None
     if Path(sd, "model.safetensors").exists() or sd.endswith(".safetensors"):
-        return continue_from(sd, config, autoencoder)
-    encoder_weights = None
-    if config.image_encoder != "patch":
+        start = load_model(sd, kind=LDMSeg)
+        config = replace(config, encoder_json=start.config.encoder_json)
+        for name in NETWORK:
+            theirs, ours = getattr(start.config, name), getattr(config, name)
+            if theirs != ours:
+                raise ValueError(f"--sd {sd}: its {name} is {theirs}, expected {ours}; use the "
+                                 "same flags and --set")
+    elif config.image_encoder != "patch":
         encoder_weights, config = pretrained_encoder(config, sd)
     model = LDMSeg(config)
-    model.autoencoder.load_state_dict(autoencoder.state_dict())
-    if encoder_weights:
+    if start:
+        model.load_state_dict(start.state_dict())
+    elif encoder_weights:
         model.image_encoder.layers.load_state_dict(encoder_weights)
     if sd != "none":
-        load_sd_unet(model.unet, sd)
+        if not start:
+            load_sd_unet(model.unet, sd)
         model.unet.time_embedding.requires_grad_(not config.freeze_time)
     elif is_main() and (config.preset == "paper" or config.image_encoder == "sd"):
         print("--sd none: the UNet starts from RANDOM weights"
               + ", the frozen image encoder STAYS random" * (config.image_encoder == "sd"))
+    for name, autoencoder in zip(("autoencoder", "depth_autoencoder"), autoencoders):
+        getattr(model, name).load_state_dict(autoencoder.state_dict())
     return model
 
 
-def origin(autoencoder, sd):
+def origin(autoencoders, sd):
     """What a resumed run must share besides its Config: where the model started from."""
-    weights = b"".join(v.cpu().numpy().tobytes() for v in autoencoder.state_dict().values())
+    weights = b"".join(v.cpu().numpy().tobytes() for autoencoder in autoencoders
+                       for v in autoencoder.state_dict().values())
     return {"--ae": f"with checksum {zlib.crc32(weights):08x}",
             "--sd": "none" if sd == "none" else "pretrained"}
 
@@ -123,66 +127,99 @@ def wrap(model, config):
     return distribute(model)
 
 
+def shared_categories(names, datasets):
+    """JSON of the categories of all data sets. ValueError where they differ or are none."""
+    lists = [[{k: c[k] for k in ("id", "name", "isthing") if k in c} for c in d.categories]
+             for d in datasets]
+    for name, categories in zip([*names, names[-1]], lists):
+        if len(categories) < 2 or categories != lists[0]:
+            raise ValueError(f"--data {name}: {len(categories)} categories, expected several for "
+                             "--tasks semantic, the same in all data")
+    return json.dumps(lists[0])
+
+
 def timesteps_of(seeds):
     """Uniform timesteps int64 (B,) in [0, T - 1], each from its sample's seed."""
     return torch.tensor([stable_seed("timestep", int(s)) * NoiseSchedule.T >> 32 for s in seeds])
 
 
-def inherit_autoencoder(args):
-    """The trained autoencoder of --ae, and the Config with its codes, shape and scale.
+def inherit_autoencoders(args):
+    """The trained autoencoders of --ae, of ids and with that task of depth, and the Config with
+    their codes, shape and scales.
 
     Raises ValueError where the two sizes differ or --set asks for another autoencoder.
     """
-    path, config = args.ae or default_weights("runs/ae"), training_config(args, "ldm")
-    autoencoder = load_model(path)
-    autoencoder = getattr(autoencoder, "autoencoder", autoencoder)  # of either stage
-    theirs, names = autoencoder.config, ("bits", "codes", "ae_widths", "latent_channels", "latents")
-    scale = config.mask_scale or theirs.mask_scale * config.mask_std / theirs.mask_std
-    inherited = replace(config, mask_scale=scale, **{n: getattr(theirs, n) for n in names})
-    config = override(inherited, args.set)
-    for name in (*names, "size"):
-        if getattr(config, name) != getattr(theirs, name):
-            raise ValueError(f"--ae {path}: its {name} is {getattr(theirs, name)}, expected "
-                             f"{getattr(config, name)}; train stage 1 with the same --set")
+    config = replace(training_config(args, "ldm"), tasks=tuple(args.tasks))
+    paths, targets = args.ae or [default_weights("runs/ae")], ["ids", "depth"]
+    if config.needs_depth and len(paths) == 1:
+        paths = [*paths, "runs/ae_depth"]
+    if len(paths) != 1 + config.needs_depth:
+        raise ValueError(f"--ae {' '.join(map(str, paths))}: expected {1 + config.needs_depth} of "
+                         f"them with --tasks {' '.join(args.tasks)}")
+    names, models = ("codes", "bits", "ae_widths", "latent_channels", "latents"), []
+    for path, target, scale in zip(paths, targets, ("mask_scale", "depth_scale")):
+        models.append(load_model(path))
+        models[-1] = getattr(models[-1], "autoencoder", models[-1])  # of either stage
+        theirs = models[-1].config
+        inherited = {n: getattr(theirs, n) for n in names if target == "ids"}
+        measured = theirs.mask_scale * config.mask_std / theirs.mask_std
+        inherited[scale] = getattr(config, scale) or measured
+        config = override(replace(config, **inherited), args.set)
+        for name in ("target", "size", *names[2 * (target == "depth") :]):
+            expected = getattr(replace(config, target=target), name)
+            if getattr(theirs, name) != expected:
+                raise ValueError(f"--ae {path}: its {name} is {getattr(theirs, name)}, expected "
+                                 f"{expected}; train stage 1 with the same --set")
     if args.image_encoder:  # with its own scale, unless --set says another
         scale = [assignment for assignment in args.set if assignment.startswith("image_scale=")]
         config = replace(config, image_encoder=args.image_encoder,
                          image_scale=override(Config(), scale).image_scale)
-    return autoencoder, config
+    return models, config
 
 
 def evaluate(model, val, config, device, autocast, args):
-    """PQ of samples, and rows of pictures: image | truth | prediction | autoencoder alone."""
-    def sample(batch):
-        with autocast():
-            return model.sample(batch["image"], batch["seed"], config.eval_steps)
+    """Scores of samples, and rows of pictures: image | truth | autoencoder alone | predictions."""
+    options = dict(limit=args.limit or 50, workers=args.workers, seed=args.seed, pictures=6)
 
     def reconstruct(batch):
-        return model.decode_mask(model.encode_mask(batch["ids"]))
+        return [{"instance": one} for one in model.decode(model.encode_mask(batch["ids"]))]
 
-    options = dict(limit=args.limit or 50, workers=args.workers, seed=args.seed, pictures=6)
-    scores, kept = evaluate_pq(sample, val, config, device, config.min_area, **options)
-    ceiling, best = evaluate_pq(reconstruct, val, config, device, config.min_area, **options)
-    rows = [[record["image"], colorize(record["ids"]), colorize(ids), colorize(ids_ae)]
-            for (record, ids), (_, ids_ae) in zip(kept, best)]
-    return scores["All"], ceiling["All"], rows
+    tasks = tasks_of(config)
+    sample = sampler_of(model, tasks, config.eval_steps, 0.0, autocast)
+    results, kept = evaluate_tasks(tasks, sample, val, config, device, **options)
+    ceiling, best = evaluate_tasks(["instance"], reconstruct, val, config, device, **options)
+    rows = [[r["image"], colorize(r["ids"]), colorize(drawn["instance"])] for r, drawn in best]
+    for row, (_, drawn) in zip(rows, kept):
+        row += [colorize_depth(m) if t == "depth" else colorize(m) for t, m in drawn.items()]
+    scores = {"autoencoder_pq": ceiling["instance"]["All"]["pq"]}
+    if "instance" in tasks:
+        scores |= {k: results["instance"]["All"][k] for k in ("pq", "sq", "rq")}
+    if "panoptic" in tasks:
+        scores["panoptic_pq"] = results["panoptic"]["All"]["pq"]
+    if "semantic" in tasks:
+        scores["miou"] = results["semantic"]["miou"]
+    if "depth" in tasks:
+        scores["abs_rel"] = results["depth"]["abs_rel"]
+    return scores, rows
 
 
 def main(argv=None):
     args = parse(argv)
     device, autocast = setup_distributed(args.device, args.amp)
-    autoencoder, config = inherit_autoencoder(args)
-    train, val = training_data(args, config.size)
+    autoencoders, config = inherit_autoencoders(args)
+    train, val = training_data(args, config.size, config.needs_depth)
+    if "semantic" in config.tasks:
+        config = replace(config, categories=shared_categories(args.data, [*train, val]))
     stream = TrainingStream(train, config, args.seed)
 
     torch.manual_seed(args.seed)
-    model = build_model(config, autoencoder, args.sd).to(device, memory_format=torch.channels_last)
+    model = build_model(config, autoencoders, args.sd).to(device, memory_format=torch.channels_last)
     config = model.config
     optimizer = make_optimizer(model, config.ldm_lr, config)
     ema = make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    start, settings = resume_run(args, config, state, **origin(autoencoder, args.sd))
+    start, settings = resume_run(args, config, state, **origin(autoencoders, args.sd))
     steps = config.ldm_steps
     if start >= steps:
         return is_main() and print(f"finished at step {start}; --fresh starts over")
@@ -195,15 +232,13 @@ def main(argv=None):
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
-            image, ids, known = (batch[k].to(device, non_blocking=True)
-                                 for k in ("image", "ids", "known"))
-            eps = seeded_noise(batch["seed"], config, device)
-            t = timesteps_of(batch["seed"]).to(device)
+            seeds = batch.pop("seed")
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            eps, t = seeded_noise(seeds, config, device), timesteps_of(seeds).to(device)
             with autocast():
-                loss = net(image, ids, eps, t, self_condition,  # Eq. 4
-                           known if config.given else None)
+                loss = net(eps=eps, t=t, self_condition=self_condition, **batch)  # Eq. 4
             scaler.scale(loss / args.accumulate).backward()
-            meter.add(len(ids), loss=loss)
+            meter.add(len(seeds), loss=loss)
         lr = learning_rate(step, steps, config.ldm_lr, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -221,11 +256,10 @@ def main(argv=None):
             meter = Meter()
         if evaluating:
             averaged = ema.module.eval()
-            scores, ceiling, rows = evaluate(averaged, val, config, device, autocast, args)
-            log_line(args.out, step=done, pq=scores["pq"], sq=scores["sq"], rq=scores["rq"],
-                     autoencoder_pq=ceiling["pq"], sampling_steps=config.eval_steps)
+            scores, rows = evaluate(averaged, val, config, device, autocast, args)
+            log_line(args.out, step=done, **scores, sampling_steps=config.eval_steps)
             if is_main():
-                titles = ["image", "truth", "prediction", "autoencoder alone"]
+                titles = ["image", "truth", "autoencoder alone", *tasks_of(config)]
                 save_grid(f"{args.out}/step{done:06d}.png", titles, rows)
             save_run(args.out, done, averaged, config, settings, state)
             meter = Meter()  # its clock starts again

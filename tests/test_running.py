@@ -1,6 +1,7 @@
 """Configuration, optimizer, run folders and the loop over a data set."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn as nn
 from conftest import SCENES, small_config
 from ldmseg import (
-    PRESETS, Config, Meter, colorize, evaluate_pq, learning_rate, load_model, make_ema,
+    PRESETS, Config, Meter, colorize, evaluate_tasks, learning_rate, load_model, make_ema,
     make_optimizer, open_dataset, overlay, override, predict_dataset, replacing,
     save_weights, stable_seed,
 )  # fmt: skip
@@ -214,15 +215,17 @@ def test_limit_takes_the_first_images(monkeypatch, data):
 def test_a_perfect_model_misses_only_the_filtered_truth(data):
     def perfect(batch):
         half = nn.functional.one_hot(batch["ids"][:, ::2, ::2], 8).float()
-        return 50 * half.permute(0, 3, 1, 2)
+        return [{"instance": 50 * one} for one in half.permute(0, 3, 1, 2)]
 
-    dataset, config = open_dataset(str(data), None, None, 32, "val"), small_config()
-    result, kept = evaluate_pq(perfect, dataset, config, "cpu", min_area=0, pictures=1)
-    row = result["per_class"]["1"]
+    dataset = open_dataset(str(data), None, None, 32, "val")
+    config = replace(small_config(), min_area=0)
+    result, kept = evaluate_tasks(["instance"], perfect, dataset, config, "cpu", pictures=1)
+    row = result["instance"]["per_class"]["1"]
     assert (row["tp"], row["fp"], row["fn"]) == (4, 0, 0) and row["sq"] > 0.9
-    assert kept[0][1].shape == SCENES["val"][0][:2] and len(kept) == 1
-    result, _ = evaluate_pq(perfect, dataset, config, "cpu", min_area=800)
-    row = result["per_class"]["1"]
+    assert kept[0][1]["instance"].shape == SCENES["val"][0][:2] and len(kept) == 1
+    config = replace(small_config(), min_area=800)
+    result, _ = evaluate_tasks(["instance"], perfect, dataset, config, "cpu")
+    row = result["instance"]["per_class"]["1"]
     assert (row["tp"], row["fp"], row["fn"]) == (3, 0, 1)
 
 

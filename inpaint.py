@@ -71,6 +71,7 @@ def resize(ids, size):
     return ids[rows][:, columns]
 
 
+@np.errstate(invalid="ignore")  # a float that is no int64 is found by comparing
 def read_mask(path, size):
     """Partial mask file -> int64 ids (height, width) = `size`, 0 = unknown."""
     try:
@@ -86,8 +87,8 @@ def read_mask(path, size):
     except (EOFError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a readable mask ({error})") from None
     count, low, high = len(np.unique(ids)), ids.min(initial=0), ids.max(initial=0)
-    whole = values.ndim == 3 or values.ndim == 2 and (ids == values).all()
-    if not whole or count > 2000 or low < 0 or high >= 2**24:
+    whole = values.dtype == np.uint8 if values.ndim == 3 else (ids == values).all()
+    if not whole or ids.ndim != 2 or not 0 < count <= 2000 or low < 0 or high >= 2**24:
         raise ValueError(f"{path}: {values.shape}, {count} values from {low} to {high}, expected "
                          "0 (unknown) and ids of segments, below 2^24; is it a picture?")
     if abs(ids.shape[0] / ids.shape[1] / (size[0] / size[1]) - 1) > 0.02:
@@ -116,7 +117,7 @@ def complete(model, image, ids, args, device, autocast):
     codes = F.adaptive_max_pool2d(codes, config.size).long().to(device)  # no stroke is lost
     fresh = (i for i in range(1, 2**24) if i not in set(given))
     id_of = np.array([VOID, *islice(fresh, config.num_ids - 1)])
-    id_of[code_of[1:]] = given
+    id_of[code_of[1:].numpy()] = given
     record = {"image": image, "ids": np.zeros(size, np.int64), "segments": []}
     picture = prepare(record, config, generator, augment=False)["image"][None].to(device)
     for variation in range(args.variations):

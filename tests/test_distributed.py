@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import inpaint
 import ldmseg
 import numpy as np
 import pytest
@@ -63,13 +64,20 @@ def pq_of_scenes(rank, world):
     return metric.compute()
 
 
-def train_and_sample(folder, data):
+def run_scripts(folder, data, rank):
     """The scripts, from their command lines; one starts when the one before is through."""
+    torch.manual_seed(0)
+    config = small_config()
+    random_weights = folder / f"rank{rank}.safetensors"
+    ldmseg.save_weights(random_weights, ldmseg.LDMSeg(config), config, 0)
+    inpainting = ["--weights", str(random_weights), "--data", "shapes", "--limit", "5",
+                  "--block", "8", "--drop-rate", "0.3", "--strokes", "--steps", "2", "--out",
+                  str(folder / "inpaint"), "--device", "cpu", "--workers", "0"]  # fmt: skip
     sampling = ["--weights", str(folder / "ldm"), "--data", str(data), "--steps", "2",
                 "--out", str(folder / "samples"), "--device", "cpu", "--workers", "0"]  # fmt: skip
     for main, command in ((train_ae.main, ae_command(data, folder / "ae")),
                           (train_ldm.main, ldm_command(data, folder / "ae", folder / "ldm")),
-                          (sample.main, sampling)):  # fmt: skip
+                          (sample.main, sampling), (inpaint.main, inpainting)):  # fmt: skip
         main(command)
         if dist.is_initialized():
             dist.barrier()
@@ -82,7 +90,7 @@ def work(rank, world, folder, data):
         ldmseg.setup_distributed("cpu")
     result = {"gradients": gradients(rank, world), "pq": pq_of_scenes(rank, world)}
     torch.save(result, folder / f"rank{rank}.pt")
-    ldmseg.run_script(lambda: train_and_sample(folder, data))
+    ldmseg.run_script(lambda: run_scripts(folder, data, rank))
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +148,13 @@ def test_two_ranks_write_the_samples_of_one_process(outcomes):
         masks = [ldmseg.read_image(folder / "samples" / "panoptic" / image["file_name"])
                  for folder in outcomes]
         assert (masks[0] != masks[1]).any(-1).mean() < 0.05 and np.unique(masks[0]).size > 1
+
+
+def test_the_inpainting_table_of_two_ranks_is_that_of_one_process(outcomes):
+    one, two = (json.loads((folder / "inpaint" / "table.json").read_text()) for folder in outcomes)
+    assert [row["block"] for row in one] == [row["block"] for row in two] == [8, "strokes", 8]
+    for ours, theirs in zip(two, one):
+        assert ours["nearest label"] == pytest.approx(theirs["nearest label"], rel=1e-12)
+        for method in ("completion", "without the mask"):  # a pixel may round to another id
+            assert ours[method] == pytest.approx(theirs[method], abs=0.002)
+        assert 0.1 < theirs["nearest label"]["pq"] < 1 and theirs["completion"]["ids"] > 0.01

@@ -244,7 +244,7 @@ def test_a_sample_depends_on_the_images_name_and_the_seed_only(data, tiny_run, t
 def test_help_exits_0_without_importing_diffusers():
     code = """
 import sys
-for name in ("train_ae", "train_ldm", "sample", "evaluate"):
+for name in ("train_ae", "train_ldm", "sample", "inpaint", "evaluate"):
     try:
         __import__(name).main(["-h"])
     except SystemExit as stop:
@@ -255,7 +255,7 @@ assert not {"diffusers", "transformers"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage:") == 4
+    assert done.stdout.count("usage:") == 5
 
 
 @pytest.fixture

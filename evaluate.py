@@ -16,17 +16,16 @@ occur, mIoU and pixel accuracy of the classes that the segments imply.
 import sys
 import time
 from dataclasses import replace
-from functools import partial, reduce
-from operator import getitem
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ldmseg import (
-    SAMPLERS, PanopticQuality, base_parser, default_weights, evaluate_tasks, image_count, is_main,
-    load_model, open_dataset, predict_dataset, progress, rank_and_world, read_image,
-    read_panoptic, run_script, sampler_of, setup_distributed, tasks_of, write_json,
+    SAMPLERS, TASKS, PanopticQuality, base_parser, default_weights, evaluate_tasks, headline,
+    image_count, is_main, load_model, open_dataset, predict_dataset, progress, rank_and_world,
+    read_image, read_panoptic, run_script, sampler_of, setup_distributed, tasks_of, write_json,
 )  # fmt: skip
 
 
@@ -40,7 +39,8 @@ def parse(argv):
     add("--steps", type=int, nargs="+", default=[50],
         help="sampling steps; several make a table (default: 50)")
     add("--sampler", choices=SAMPLERS, default="ddim", help="see sample.py (default: ddim)")
-    add("--task", choices=COLUMNS, help="what to score (default: all that the weights can do)")
+    add("--task", choices=("panoptic", *TASKS),
+        help="what to score (default: all that the weights can do)")
     add("--min-area", type=int, metavar="PIXELS",
         help="drop smaller segments (default: the weights' own; stage 1: 0)")
     add("--gt", metavar="JSON", help="compare files, no model: the truth")
@@ -155,15 +155,6 @@ def print_table(result, categories, per_class):
                       f"{row['sq']:.4f}  {row['rq']:.4f}  {row['tp']}, {row['fp']}, {row['fn']}")
 
 
-COLUMNS = {  # of the table: where they are in a task's result
-    "panoptic": {"PQ": ("All", "pq"), "SQ": ("All", "sq"), "RQ": ("All", "rq"),
-                 "PQ th": ("Things", "pq"), "PQ st": ("Stuff", "pq")},
-    "semantic": {"mIoU": ("miou",)},
-    "instance": {"PQ": ("All", "pq"), "SQ": ("All", "sq"), "RQ": ("All", "rq")},
-    "depth": {"AbsRel": ("abs_rel",), "RMSE": ("rmse",), "d<1.25": ("delta_1.25",)},
-}
-
-
 def as_json(results):
     """One object of the results of tasks, in the format of --gt and --pred."""
     merged = {}
@@ -186,45 +177,41 @@ def score_weights(args):
     known = [own] if model is autoencoder else tasks_of(config)
     if args.task not in (None, *known):
         raise ValueError(f"--task {args.task}: {path} knows {', '.join(known)}")
-    tasks = [t for t in COLUMNS if t in known and args.task in (None, t)]
+    tasks = [args.task] if args.task else list(known)
     dataset = open_dataset(args.data, args.split, args.images, config.size, "val",
                            "depth" in tasks)
     if args.min_area is not None or model is autoencoder:
         config = replace(config, min_area=args.min_area or 0)
-    images, samplers = image_count(dataset, args.limit), {}
+    images, sweep = image_count(dataset, args.limit), []
     for steps in args.steps if model is not autoencoder else ():
         model.schedule.timesteps(steps)  # an impossible number of steps stops here
-        samplers[steps] = sampler_of(model, tasks, steps, SAMPLERS[args.sampler], autocast)
 
     def reconstruct(batch):
         return [{own: one} for one in autoencoder.reconstruct(batch[target])]
 
-    def score(name, tasks, logits_of):
+    def score(name, tasks, logits_of, titles):
         start = time.time()
         results, _ = evaluate_tasks(tasks, logits_of, dataset, config, device, limit=args.limit,
                                     seed=args.seed, workers=args.workers)
         seconds = (time.time() - start) * rank_and_world()[1] / images
+        numbers = [n for task in tasks for n in headline(task, results[task]).items()]
+        if is_main() and titles:
+            print(" " * 12 + "".join(f"{title:>8}" for title, _ in numbers) + "  s/image (loading,"
+                  f" scoring included; {', '.join(tasks)})")
         if is_main():
-            cells = [f"{reduce(getitem, place, results[task]):8.4f}"
-                     for task in tasks for place in COLUMNS[task].values()]
-            print(f"{name:>12}" + "".join(cells) + f"{seconds:9.3f}")
+            print(f"{name:>12}" + "".join(f"{v:8.4f}" for _, v in numbers) + f"{seconds:9.3f}")
         return as_json(results) | {"seconds_per_image": seconds}
-
-    def print_titles(tasks):
-        titles = [(task, title) for task in tasks for title in COLUMNS[task]]
-        print(" " * 12 + "".join(f"{title:>8}" for _, title in titles) + "  s/image"
-              f" (loading, scoring included; {', '.join(tasks)})")
 
     if is_main():
         print(f"{path} on {images} images of {args.data}, mask_threshold {config.mask_threshold}, "
               f"min_area {config.min_area}; instance is class-agnostic")
-        print_titles([own])
-    ceiling = score("autoencoder", [own], reconstruct)
-    if is_main() and tasks != [own]:
-        print_titles(tasks)
-    if samplers:  # the first call is slow
-        list(predict_dataset(samplers[args.steps[0]], dataset, config, device, limit=1))
-    sweep = [score(f"{n} steps", tasks, sample) | {"steps": n} for n, sample in samplers.items()]
+    ceiling = score("autoencoder", [own], reconstruct, titles=True)
+    for steps in args.steps if model is not autoencoder else ():
+        sample = sampler_of(model, tasks, steps, SAMPLERS[args.sampler], autocast)
+        if not sweep:  # the first call is slow
+            list(predict_dataset(sample, dataset, config, device, limit=1))
+        titles = tasks != [own] and not sweep
+        sweep.append(score(f"{steps} steps", tasks, sample, titles) | {"steps": steps})
     result = {"sweep": sweep} if len(sweep) > 1 else (sweep or [ceiling])[0]
     return result | {"autoencoder": ceiling.get("All", ceiling)}
 

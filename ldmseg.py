@@ -545,6 +545,30 @@ SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,  # 
           "up_block_types": ["UpDecoderBlock2D"] * 4}
 
 
+def pretrained_encoder(config, sd):
+    """The weights of a frozen image encoder, and `config` with its architecture.
+
+    sd: Stable Diffusion's folder or hub id, or "none": its architecture with random weights.
+    """
+    if config.image_encoder == "dinov2":
+        from transformers import Dinov2Model, logging
+
+        logging.disable_progress_bar()
+        model = from_pretrained(Dinov2Model, config.dinov2)
+        if model.config.patch_size != 14:
+            raise ValueError(f"{config.dinov2}: patches of {model.config.patch_size} pixels, "
+                             "expected a DINOv2 with patches of 14")
+        return model.state_dict(), replace(config, encoder_json=model.config.to_json_string())
+    from diffusers import AutoencoderKL
+
+    if sd == "none":
+        return None, replace(config, encoder_json=json.dumps(SD_VAE))
+    vae = from_pretrained(AutoencoderKL, sd, "vae")
+    about = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    weights = nn.Sequential(vae.encoder, vae.quant_conv).state_dict()
+    return weights, replace(config, encoder_json=json.dumps(about))
+
+
 class ImageEncoder(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> image latents (B, channels, h, w), unscaled.
 
@@ -986,9 +1010,9 @@ class DepthQuality:
         add_over_ranks(self.state, device)
 
     def compute(self):
-        """{"abs_rel", "rmse", "delta_1.25", "n" images}."""
+        """{"abs_rel", "rmse", "delta1", "n" images}."""
         values = (self.state[:3] / max(self.state[3], 1)).tolist()
-        return dict(zip(("abs_rel", "rmse", "delta_1.25"), values)) | {"n": int(self.state[3])}
+        return dict(zip(("abs_rel", "rmse", "delta1"), values)) | {"n": int(self.state[3])}
 
 
 # ---- 12. Data: generated scenes, COCO panoptic files, training samples -------------------------
@@ -1584,11 +1608,20 @@ def training_config(args, stage):
     return replace(override(PRESETS[args.preset], args.set), **flags)
 
 
-def training_data(args, size, depth=False):
-    """The training sets of `--data` and the evaluated split of the last one; see open_dataset."""
-    train = [open_dataset(d, args.train_split, args.images, size, "train", depth)
-             for d in args.data]
-    return train, open_dataset(args.data[-1], args.split, args.images, size, "val", depth)
+def training_data(args, config):
+    """The training sets of `--data`, the evaluated split of the last one, and the categories that
+    all share. Raises ValueError where the task "semantic" has none that all share."""
+    options = dict(images=args.images, size=config.size, depth=config.needs_depth)
+    train = [open_dataset(d, args.train_split, kind="train", **options) for d in args.data]
+    val = open_dataset(args.data[-1], args.split, kind="val", **options)
+    categories = [[{k: c[k] for k in ("id", "name", "isthing") if k in c} for c in d.categories]
+                  for d in (val, *train)]
+    if "semantic" in config.tasks:
+        for name, ours in zip(args.data, categories[1:]):
+            if len(ours) < 2 or ours != categories[0]:
+                raise ValueError(f"--data {name}: {len(ours)} categories, expected several for "
+                                 "--tasks semantic, the same in all data")
+    return train, val, categories[0]
 
 
 def setup_distributed(device=None, amp=None):
@@ -1985,6 +2018,18 @@ def evaluate_tasks(tasks, logits_of, dataset, config, device, pictures=0, **opti
     for metric in metrics.values():
         metric.all_reduce(device)
     return {task: metric.compute() for task, metric in metrics.items()}, kept
+
+
+def headline(task, result):
+    """The numbers of a task's result that logs and tables show: {name: value}."""
+    if task == "semantic":
+        return {"mIoU": result["miou"]}
+    if task == "depth":
+        return {"AbsRel": result["abs_rel"], "RMSE": result["rmse"], "delta1": result["delta1"]}
+    numbers = {name.upper(): result["All"][name] for name in ("pq", "sq", "rq")}
+    if task == "panoptic":
+        numbers |= {"PQ_th": result["Things"]["pq"], "PQ_st": result["Stuff"]["pq"]}
+    return numbers
 
 
 def colorize(ids):

@@ -73,7 +73,7 @@ def main(argv=None):
     if args.target == "depth" and args.out == parser.get_default("out"):
         args.out += "_depth"
     device, autocast = setup_distributed(args.device, args.amp)
-    train, val = training_data(args, config.size, config.needs_depth)
+    train, val, _ = training_data(args, config)
     stream = TrainingStream(train, config, args.seed)
 
     torch.manual_seed(args.seed)

@@ -17,15 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    SD_VAE, TASKS, Config, LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize, colorize_depth,
-    default_weights, distribute, evaluate_tasks, from_pretrained, is_main, learning_rate,
-    load_model, load_sd_unet, log_line, make_ema, make_optimizer, override, progress, resume_run,
-    run_script, sampler_of, save_grid, save_run, seeded_noise, setup_distributed, stable_seed,
-    tasks_of, training_config, training_data, training_loader, training_parser,
+    TASKS, Config, LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize, colorize_depth,
+    default_weights, distribute, evaluate_tasks, headline, is_main, learning_rate, load_model,
+    load_sd_unet, log_line, make_ema, make_optimizer, override, pretrained_encoder, progress,
+    resume_run, run_script, sampler_of, save_grid, save_run, seeded_noise, setup_distributed,
+    stable_seed, tasks_of, training_config, training_data, training_loader, training_parser,
 )  # fmt: skip
 
 
@@ -51,30 +50,6 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
     return args
-
-
-def pretrained_encoder(config, sd):
-    """The weights of a frozen image encoder, and `config` with its architecture.
-
-    sd: Stable Diffusion's folder or hub id, or "none": its architecture with random weights.
-    """
-    if config.image_encoder == "dinov2":
-        from transformers import Dinov2Model, logging
-
-        logging.disable_progress_bar()
-        model = from_pretrained(Dinov2Model, config.dinov2)
-        if model.config.patch_size != 14:
-            raise ValueError(f"{config.dinov2}: patches of {model.config.patch_size} pixels, "
-                             "expected a DINOv2 with patches of 14")
-        return model.state_dict(), replace(config, encoder_json=model.config.to_json_string())
-    from diffusers import AutoencoderKL
-
-    if sd == "none":
-        return None, replace(config, encoder_json=json.dumps(SD_VAE))
-    vae = from_pretrained(AutoencoderKL, sd, "vae")
-    about = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    weights = nn.Sequential(vae.encoder, vae.quant_conv).state_dict()
-    return weights, replace(config, encoder_json=json.dumps(about))
 
 
 def build_model(config, autoencoders, sd):
@@ -127,17 +102,6 @@ def wrap(model, config):
     return distribute(model)
 
 
-def shared_categories(names, datasets):
-    """JSON of the categories of all data sets. ValueError where they differ or are none."""
-    lists = [[{k: c[k] for k in ("id", "name", "isthing") if k in c} for c in d.categories]
-             for d in datasets]
-    for name, categories in zip([*names, names[-1]], lists):
-        if len(categories) < 2 or categories != lists[0]:
-            raise ValueError(f"--data {name}: {len(categories)} categories, expected several for "
-                             "--tasks semantic, the same in all data")
-    return json.dumps(lists[0])
-
-
 def timesteps_of(seeds):
     """Uniform timesteps int64 (B,) in [0, T - 1], each from its sample's seed."""
     return torch.tensor([stable_seed("timestep", int(s)) * NoiseSchedule.T >> 32 for s in seeds])
@@ -186,20 +150,15 @@ def evaluate(model, val, config, device, autocast, args):
 
     tasks = tasks_of(config)
     sample = sampler_of(model, tasks, config.eval_steps, 0.0, autocast)
-    results, kept = evaluate_tasks(tasks, sample, val, config, device, **options)
-    ceiling, best = evaluate_tasks(["instance"], reconstruct, val, config, device, **options)
-    rows = [[r["image"], colorize(r["ids"]), colorize(drawn["instance"])] for r, drawn in best]
-    for row, (_, drawn) in zip(rows, kept):
-        row += [colorize_depth(m) if t == "depth" else colorize(m) for t, m in drawn.items()]
+    ceiling, kept = evaluate_tasks(["instance"], reconstruct, val, config, device, **options)
     scores = {"autoencoder_pq": ceiling["instance"]["All"]["pq"]}
-    if "instance" in tasks:
-        scores |= {k: results["instance"]["All"][k] for k in ("pq", "sq", "rq")}
-    if "panoptic" in tasks:
-        scores["panoptic_pq"] = results["panoptic"]["All"]["pq"]
-    if "semantic" in tasks:
-        scores["miou"] = results["semantic"]["miou"]
-    if "depth" in tasks:
-        scores["abs_rel"] = results["depth"]["abs_rel"]
+    rows = [[r["image"], colorize(r["ids"]), colorize(drawn["instance"])] for r, drawn in kept]
+    results, kept = evaluate_tasks(tasks, sample, val, config, device, **options)
+    for task, result in results.items():
+        prefix = "" if task == "instance" else f"{task}_"
+        scores |= {prefix + name.lower(): v for name, v in headline(task, result).items()}
+        for row, (_, drawn) in zip(rows, kept):
+            row.append((colorize_depth if task == "depth" else colorize)(drawn[task]))
     return scores, rows
 
 
@@ -207,9 +166,9 @@ def main(argv=None):
     args = parse(argv)
     device, autocast = setup_distributed(args.device, args.amp)
     autoencoders, config = inherit_autoencoders(args)
-    train, val = training_data(args, config.size, config.needs_depth)
+    train, val, categories = training_data(args, config)
     if "semantic" in config.tasks:
-        config = replace(config, categories=shared_categories(args.data, [*train, val]))
+        config = replace(config, categories=json.dumps(categories))
     stream = TrainingStream(train, config, args.seed)
 
     torch.manual_seed(args.seed)

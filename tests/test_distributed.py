@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 class ConvUNet(nn.Module):
     """One convolution with the UNet's interface, quick to import and to run."""
 
-    def __init__(self, config, image_channels):
+    def __init__(self, config, image_channels, cross_attention=0):
         super().__init__()
         self.conv = nn.Conv2d(8 + image_channels, 4, 3, padding=1)
 

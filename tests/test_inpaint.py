@@ -206,7 +206,7 @@ def test_stage_2_gives_parts_of_the_mask_to_the_share_asked_for(
         monkeypatch, data, tiny_run, tmp_path, given):
     seen = []
 
-    def loss(model, image, ids, eps, t, self_condition, known):
+    def loss(model, image, ids, eps, t, self_condition, known=None):
         seen.append(known)
         return model.diffusion_loss(image, ids, eps, t, self_condition, known)
 

@@ -251,7 +251,7 @@ def sd_command(data, ae, out, sd, *options):
 
 def sd_model(folder):
     config = ldmseg.override(small_config(image_encoder="sd"), LIKE_UNET)
-    return train_ldm.build_model(config, MaskAutoencoder(config), str(folder))
+    return train_ldm.build_model(config, [MaskAutoencoder(config)], str(folder))
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,11 @@ from PIL import Image
 from scipy import ndimage
 
 from ldmseg import (
-    VOID, LDMSeg, PanopticQuality, base_parser, colorize, compact_ids, default_weights, is_main,
-    keep_blocks, keep_strokes, load_model, open_dataset, predict_dataset, prepare,
-    probabilities, random_relabel, read_image, rgb2id, run_script, save_grid, segment, segments_of,
-    setup_distributed, stable_seed, write_json, write_panoptic, write_panoptic_json,
+    VOID, LDMSeg, PanopticQuality, base_parser, colorize, compact_ids, continue_given,
+    default_weights, is_main, keep_blocks, keep_strokes, load_model, open_dataset,
+    predict_dataset, prepare, probabilities, random_relabel, read_image, rgb2id, run_script,
+    save_grid, segment, segments_of, setup_distributed, stable_seed, write_json, write_panoptic,
+    write_panoptic_json,
 )  # fmt: skip
 
 METHODS = ("completion", "nearest label", "without the mask")
@@ -73,7 +74,7 @@ def resize(ids, size):
 
 @np.errstate(invalid="ignore")  # a float that is no int64 is found by comparing
 def read_mask(path, size):
-    """Partial mask file -> int64 ids (height, width) = `size`, 0 = unknown."""
+    """Partial mask file -> int64 ids (H, W), 0 = unknown, of the aspect of (height, width)."""
     try:
         if Path(path).suffix == ".npy":
             values = np.load(path)
@@ -94,7 +95,7 @@ def read_mask(path, size):
     if abs(ids.shape[0] / ids.shape[1] / (size[0] / size[1]) - 1) > 0.02:
         raise ValueError(f"{path}: {ids.shape[1]} x {ids.shape[0]} pixels, expected the aspect of "
                          f"its image, {size[1]} x {size[0]}")
-    return resize(ids, size).astype(np.int64)
+    return ids
 
 
 def inpaint(model, batch, known, args, autocast):
@@ -105,26 +106,29 @@ def inpaint(model, batch, known, args, autocast):
 
 
 def complete(model, image, ids, args, device, autocast):
-    """Yields args.variations completions (ids, confidence) of partial ids (H, W) of an image."""
-    config, size, given = model.config, ids.shape, np.setdiff1d(ids, [VOID]).tolist()
+    """Yields args.variations completions (ids, confidence), of the size of the image, of partial
+    ids (H, W) of any size."""
+    config, size, given = model.config, image.shape[:2], np.setdiff1d(ids, [VOID]).tolist()
     if not given or (ids != VOID).all() or len(given) >= config.num_ids:
         raise ValueError(f"{args.mask}: {len(given)} segments given on {(ids != VOID).mean():.0%} "
                          f"of the pixels, expected 1 to {config.num_ids - 1} (the ids of these "
                          "weights), and some pixels to be unknown (0)")
     generator = torch.Generator().manual_seed(args.seed)
     code_of = random_relabel(torch.arange(len(given) + 1), config.num_ids, generator)
-    codes = code_of[compact_ids(ids, given)][None].float()
-    codes = F.adaptive_max_pool2d(codes, config.size).long().to(device)  # no stroke is lost
+    codes = code_of[compact_ids(ids, given)]
+    small = F.adaptive_max_pool2d(codes[None].float(), config.size).long()  # no stroke is lost
+    small, codes = small.to(device), resize(codes.numpy(), size)
     fresh = (i for i in range(1, 2**24) if i not in set(given))
     id_of = np.array([VOID, *islice(fresh, config.num_ids - 1)])
     id_of[code_of[1:].numpy()] = given
     record = {"image": image, "ids": np.zeros(size, np.int64), "segments": []}
     picture = prepare(record, config, generator, augment=False)["image"][None].to(device)
     for variation in range(args.variations):
-        batch = {"image": picture, "ids": codes, "seed": [stable_seed(args.seed, variation)]}
-        logits = inpaint(model, batch, codes != VOID, args, autocast)[0]
+        batch = {"image": picture, "ids": small, "seed": [stable_seed(args.seed, variation)]}
+        logits = inpaint(model, batch, small != VOID, args, autocast)[0]
+        drawn = continue_given(segment(logits, size, config), codes, codes != VOID)
         confidence = probabilities(logits, size).amax(0).cpu().numpy()
-        yield np.where(ids != VOID, ids, id_of[segment(logits, size, config)]), confidence
+        yield id_of[np.where(codes != VOID, codes, drawn)], confidence
 
 
 def same_segment(first, other):
@@ -141,6 +145,9 @@ def complete_image(model, args, device, autocast):
     ids = read_mask(args.mask, image.shape[:2])
     masks, confidence = zip(*complete(model, image, ids, args, device, autocast))
     names = [f"{Path(name).stem}_{k}" for k in range(1, len(masks) + 1)] if masks[1:] else [name]
+    written = [Path(args.out, "panoptic", n).with_suffix(".png") for n in names]
+    if Path(args.mask).resolve() in [path.resolve() for path in written]:
+        raise ValueError(f"--out {args.out}: would overwrite {args.mask}; use another --out")
     about = {"image": image, "file_name": name}
     write_panoptic_json(args.out, [
         write_panoptic(args.out, n, about | {"image_id": Path(n).stem}, mask, segments_of(mask))
@@ -148,7 +155,7 @@ def complete_image(model, args, device, autocast):
     gray = {"confidence": np.mean(confidence, 0)}
     if masks[1:]:
         gray["where they differ"] = np.mean([~same_segment(masks[0], m) for m in masks[1:]], 0)
-    pictures = [image, *map(colorize, (ids, *masks))]
+    pictures = [image, *map(colorize, (resize(ids, image.shape[:2]), *masks))]
     pictures += [np.repeat((255 * g).astype(np.uint8)[..., None], 3, 2) for g in gray.values()]
     titles = ["image", "given", *["completed"] * len(masks), *gray]
     save_grid(f"{args.out}/picture.png", titles, [pictures], tile=320)
@@ -189,7 +196,7 @@ def run_experiment(model, args, device, autocast):
     """Fig. 9: scores for each (block, drop rate), and the first image's completions."""
     config = model.config
     dataset = open_dataset(args.data, args.split, args.images, config.size, "val")
-    blocks = args.block or [config.size >> i for i in (5, 4, 3, 2, 1)]
+    blocks = args.block or [max(1, config.size >> i) for i in (5, 4, 3, 2, 1)]
     if not all(1 <= b <= config.size for b in blocks) or not all(0 < r < 1 for r in args.drop_rate):
         raise ValueError(f"--block {blocks} --drop-rate {args.drop_rate}: expected blocks of 1 to "
                          f"{config.size} pixels, the model's input, and rates between 0 and 1")
@@ -216,15 +223,16 @@ def run_experiment(model, args, device, autocast):
         plain, ids, first = segment(plain, size, config), resize(codes, size), not pictures
         for row, (known, logits) in zip(known_of, rows):
             nearest = resize(nearest_label(codes, known), size)
-            maps = (segment(logits, size, config), nearest, plain)
             known = resize(known, size)
+            drawn = continue_given(segment(logits, size, config), ids, known)
+            maps = (drawn, nearest, plain)
             for method, drawn in zip(METHODS, maps):
                 scores[row][method].add(record, drawn, ids, known)
             if first:
                 pictures.append([record["image"], *map(colorize, (ids, ids * known, *maps))])
     table = [{"block": block, "drop_rate": rate} | {m: s.result(device) for m, s in row.items()}
              for (block, rate), row in scores.items()]
-    for block in blocks:
+    for block in dict.fromkeys(blocks):
         rows = [row for row in table if row["block"] == block]
         table.append({"block": block, "drop_rate": "mean"} | {
             m: {k: np.mean([r[m][k] for r in rows]) for k in rows[0][m]} for m in METHODS})

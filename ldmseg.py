@@ -824,6 +824,24 @@ def segment(logits, size, config):
     return postprocess(logits, size, config.mask_threshold, config.min_area).cpu().numpy()
 
 
+def continue_given(drawn, ids, known):
+    """A completion int (H, W) with the given ids carried on into its unknown pixels.
+
+    Every connected region of one id that borders on known pixels (known, bool, and ids not VOID)
+    but on none of its own id takes the id of most of them: a mask ends at its unknown pixels, the
+    objects in the image do not. NOTE: not in the paper, which does not ask for the given ids.
+    """
+    result, known = drawn.copy(), known & (ids != VOID)
+    for id in np.setdiff1d(drawn[~known], [VOID]):
+        regions, count = ndimage.label(~known & (drawn == id))
+        for number in range(1, count + 1):
+            region = regions == number
+            border = ids[ndimage.binary_dilation(region) & known]
+            if border.size and id not in border:
+                result[region] = np.bincount(border).argmax()
+    return result
+
+
 def merge_panoptic(instance_logits, semantic_logits, size, isthing, mask_threshold, min_area):
     """Instances with the classes of a semantic map (Supp. A, "Simple Post-Processing").
 
@@ -1476,7 +1494,8 @@ def keep_some(ids, seed, share):
         return np.zeros(ids.shape, bool)
     if rng.random() < 0.2:
         return keep_strokes(ids, seed, rng.integers(1, 6))
-    return keep_blocks(ids, seed, len(ids) >> rng.integers(1, 6), rng.uniform(0.1, 0.95))
+    block = max(1, len(ids) >> rng.integers(1, 6))
+    return keep_blocks(ids, seed, block, rng.uniform(0.1, 0.95))
 
 
 class TrainingStream(Dataset):

@@ -27,10 +27,10 @@ from ldmseg import (
     stable_seed, tasks_of, training_config, training_data, training_loader, training_parser,
 )  # fmt: skip
 
-
-NETWORK = ("prediction", "latent_channels", "bits", "codes", "latents", "ae_widths", "tasks",
-           "task_width", "image_encoder", "stem_widths", "unet_widths", "unet_attention",
-           "unet_layers", "unet_heads")  # what two runs must share for one to start from the other
+NETWORK = (  # what two runs must share for one to start from the other
+    "prediction", "latent_channels", "bits", "codes", "latents", "ae_widths", "tasks",
+    "task_width", "image_encoder", "image_scale", "stem_widths", "unet_widths",
+    "unet_attention", "unet_layers", "unet_heads")
 
 
 def parse(argv):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import train_ldm
 from conftest import ldm_command, relative_error, small_config, write_split
 from ldmseg import (
-    MaskAutoencoder, int2bits, keep_blocks, keep_some, keep_strokes, load_model, read_image,
-    rgb2id, save_weights, seeded_noise,
+    MaskAutoencoder, continue_given, int2bits, keep_blocks, keep_some, keep_strokes, load_model,
+    read_image, rgb2id, save_weights, seeded_noise,
 )  # fmt: skip
 from PIL import Image
 
@@ -379,6 +379,38 @@ def test_a_thin_stroke_in_a_large_image_reaches_the_model(complete, oracle):
     assert len(ids.unique()) == 3 and torch.equal(known, ids > 0) and known.float().mean() < 0.06
 
 
+def test_a_thin_stroke_in_a_mask_larger_than_its_image_reaches_the_model(complete, oracle):
+    calls = oracle(lambda ids, known: torch.ones_like(ids))
+    given = np.zeros((640, 640), int)
+    given[32:608, 301] = 8  # not in any column that the nearest neighbours at 64 pixels come from
+    complete(given, size=(64, 64))
+    assert calls[0].known[0, 2:30].any(1).all()
+
+
+def regions(rows):
+    return np.array([[int(letter) for letter in row] for row in rows])
+
+
+def test_a_new_region_takes_the_id_that_most_of_its_given_neighbours_have():
+    drawn = regions(["1133", "1133", "1155", "1155"])
+    ids, known = regions(["1122"] + 3 * ["1100"]), regions(["1111"] + 3 * ["1100"]) > 0
+    # 3 borders on two pixels of 2 and one of 1; 5 on two pixels of 1
+    completed = continue_given(drawn, ids, known)
+    assert completed.tolist() == regions(["1133", "1122", "1111", "1111"]).tolist()
+
+
+def test_a_region_that_borders_on_its_own_id_or_on_nothing_given_stays():
+    drawn = regions(["1222", "1222", "0000", "4040"])
+    ids, known = regions(["1112"] + 3 * ["0000"]), regions(["1111", "0000", "0000", "1000"]) > 0
+    # 2 borders on three pixels of 1 and on one of 2; of row 3, a VOID pixel is "known"
+    assert (continue_given(drawn, ids, known) == drawn).all()
+
+
+def test_each_part_of_a_region_is_continued_on_its_own():
+    drawn, ids = regions(["33033"]), regions(["10002"])
+    assert continue_given(drawn, ids, ids > 0).tolist() == [[3, 1, 0, 2, 3]]
+
+
 def test_what_continues_a_given_segment_has_its_id(complete, oracle):
     oracle(lambda ids, known: ids[:, :, :1].expand_as(ids))
     whole = np.array([300, 5, LARGE, 65536]).repeat(8)[:, None].repeat(32, 1)
@@ -394,6 +426,18 @@ def test_new_segments_get_ids_that_were_not_given(complete, oracle):
     stripes = complete(given)[::4, 8]  # the id of each code
     assert stripes[calls[0].ids[0, :3, 0]].tolist() == [1, 2, 4]
     assert stripes[0] == 0 and len(set(stripes.tolist())) == 8
+
+
+def test_a_completion_never_replaces_the_mask_it_came_from(complaint, tiny_run, tmp_path, picture):
+    mask = tmp_path / "out" / "panoptic" / "photo.png"
+    mask.parent.mkdir(parents=True)
+    given = np.zeros((32, 32), int)
+    given[:9] = 5
+    mask = save_mask(tmp_path / "out" / "panoptic" / "photo", given, "8 bit").rename(mask)
+    before = mask.read_bytes()
+    command = command_of(tiny_run.ldm, tmp_path / "out", "--image", picture(32, 32), "--mask", mask)
+    assert "would overwrite" in complaint(inpaint.main, *command)
+    assert mask.read_bytes() == before
 
 
 def test_one_given_segment_is_enough(complete):

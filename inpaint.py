@@ -22,13 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy import ndimage
 
 from ldmseg import (
     VOID, LDMSeg, PanopticQuality, base_parser, colorize, compact_ids, continue_given,
     default_weights, is_main, keep_blocks, keep_strokes, load_model, open_dataset,
-    predict_dataset, prepare, probabilities, random_relabel, read_image, rgb2id, run_script,
+    predict_dataset, prepare, probabilities, random_relabel, read_image, read_mask, run_script,
     save_grid, segment, segments_of, setup_distributed, stable_seed, write_json, write_panoptic,
     write_panoptic_json,
 )  # fmt: skip
@@ -70,32 +69,6 @@ def resize(ids, size):
     """Nearest neighbour of any map (H, W) -> (height, width) = `size`."""
     rows, columns = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(size, ids.shape))
     return ids[rows][:, columns]
-
-
-@np.errstate(invalid="ignore")  # a float that is no int64 is found by comparing
-def read_mask(path, size):
-    """Partial mask file -> int64 ids (H, W), 0 = unknown, of the aspect of (height, width)."""
-    try:
-        if Path(path).suffix == ".npy":
-            values = np.load(path)
-        else:
-            with Image.open(path) as image:
-                plain = image.mode in ("1", "L", "P", "I", "I;16")
-                values = np.asarray(image if plain else image.convert("RGB"))
-        ids = (rgb2id(values) if values.ndim == 3 else values).astype(np.int64)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such mask") from None
-    except (EOFError, OSError, SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable mask ({error})") from None
-    count, low, high = len(np.unique(ids)), ids.min(initial=0), ids.max(initial=0)
-    whole = values.dtype == np.uint8 if values.ndim == 3 else (ids == values).all()
-    if not whole or ids.ndim != 2 or not 0 < count <= 2000 or low < 0 or high >= 2**24:
-        raise ValueError(f"{path}: {values.shape}, {count} values from {low} to {high}, expected "
-                         "0 (unknown) and ids of segments, below 2^24; is it a picture?")
-    if abs(ids.shape[0] / ids.shape[1] / (size[0] / size[1]) - 1) > 0.02:
-        raise ValueError(f"{path}: {ids.shape[1]} x {ids.shape[0]} pixels, expected the aspect of "
-                         f"its image, {size[1]} x {size[0]}")
-    return ids
 
 
 def inpaint(model, batch, known, args, autocast):
@@ -142,7 +115,10 @@ def same_segment(first, other):
 def complete_image(model, args, device, autocast):
     """One image: files in --out, and a row of pictures."""
     image, name = read_image(args.image), Path(args.image).name
-    ids = read_mask(args.mask, image.shape[:2])
+    ids = read_mask(args.mask)
+    if abs(ids.shape[0] / ids.shape[1] / (image.shape[0] / image.shape[1]) - 1) > 0.02:
+        raise ValueError(f"{args.mask}: {ids.shape[1]} x {ids.shape[0]} pixels, expected the aspect"
+                         f" of its image, {image.shape[1]} x {image.shape[0]}")
     masks, confidence = zip(*complete(model, image, ids, args, device, autocast))
     names = [f"{Path(name).stem}_{k}" for k in range(1, len(masks) + 1)] if masks[1:] else [name]
     written = [Path(args.out, "panoptic", n).with_suffix(".png") for n in names]

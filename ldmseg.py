@@ -1201,6 +1201,29 @@ def read_image(path):
         return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()  # faster than Pillow
 
 
+@np.errstate(invalid="ignore")  # a float that is no int64 is found by comparing
+def read_mask(path):
+    """Partial mask, .npy or PNG -> int64 ids (H, W), 0 = unknown.
+
+    A palette's index is the id, a colour is R + 256 G + 65536 B. Raises FileNotFoundError or
+    ValueError that names the file, also where it does not look like ids.
+    """
+    with reading(path, "mask"), open(path, "rb") as file:
+        if Path(path).suffix == ".npy":
+            values = read_array(file)
+        else:
+            image = Image.open(file)
+            plain = image.mode in ("1", "L", "P", "I", "I;16")
+            values = np.asarray(image if plain else image.convert("RGB"))
+        ids = (rgb2id(values) if values.ndim == 3 else values).astype(np.int64)
+    count, low, high = len(np.unique(ids)), ids.min(initial=0), ids.max(initial=0)
+    whole = values.dtype == np.uint8 if values.ndim == 3 else (ids == values).all()
+    if not whole or ids.ndim != 2 or not 0 < count <= 2000 or low < 0 or high >= 2**24:
+        raise ValueError(f"{path}: {values.shape}, {count} values from {low} to {high}, expected "
+                         "0 (unknown) and ids of segments, below 2^24; is it a picture?")
+    return ids
+
+
 def read_depth(path, shape):
     """`path` with the suffix .npy (floats) or .png (16 bits) -> depth float32 (H, W) = shape.
 

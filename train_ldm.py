@@ -28,7 +28,7 @@ from ldmseg import (
 )  # fmt: skip
 
 NETWORK = (  # what two runs must share for one to start from the other
-    "prediction", "latent_channels", "bits", "codes", "latents", "ae_widths", "tasks",
+    "prediction", "latent_channels", "bits", "codes", "latents", "ae_widths",
     "task_width", "image_encoder", "image_scale", "stem_widths", "unet_widths",
     "unet_attention", "unet_layers", "unet_heads")
 
@@ -42,8 +42,9 @@ def parse(argv):
     add("--tasks", nargs="+", choices=TASKS, default=[],
         help="tasks to learn, told apart by an embedding (default: instance alone, without one)")
     add("--sd", metavar="DIR_OR_ID",
-        help="start from Stable Diffusion v1 (folder or hub id), a run of this script, or none:\n"
-             "random weights (default: CompVis/stable-diffusion-v1-4 if --preset paper, else none)")
+        help="start from Stable Diffusion v1 (folder or hub id), a run of this script (the same\n"
+             "network, these tasks or more), or none: random weights\n"
+             "(default: CompVis/stable-diffusion-v1-4 with --preset paper, else none)")
     add("--image-encoder", choices=("patch", "sd", "dinov2"),
         help="patch: a small stem, trained; sd, dinov2: pretrained, frozen (default: paper sd,\n"
              "else patch); dinov2 is read from --set dinov2=DIR_OR_ID")
@@ -55,26 +56,31 @@ def parse(argv):
 def build_model(config, autoencoders, sd):
     """LDMSeg with the trained autoencoders, and the weights that `sd` names.
 
-    Raises ValueError naming the field where `sd` is a run with another network.
+    Raises ValueError naming the field where `sd` is a run with another network or without a task.
     """
-    start, encoder_weights = None, None
+    run = encoder_weights = None
     if Path(sd, "model.safetensors").exists() or sd.endswith(".safetensors"):
-        start = load_model(sd, kind=LDMSeg)
-        config = replace(config, encoder_json=start.config.encoder_json)
-        for name in NETWORK:
-            theirs, ours = getattr(start.config, name), getattr(config, name)
+        run = load_model(sd, kind=LDMSeg)
+        config = replace(config, encoder_json=run.config.encoder_json)
+        subset = config.tasks and set(config.tasks) <= set(run.config.tasks)
+        for name in NETWORK if subset else (*NETWORK, "tasks"):
+            theirs, ours = getattr(run.config, name), getattr(config, name)
             if theirs != ours:
                 raise ValueError(f"--sd {sd}: its {name} is {theirs}, expected {ours}; use the "
                                  "same flags and --set")
     elif config.image_encoder != "patch":
         encoder_weights, config = pretrained_encoder(config, sd)
     model = LDMSeg(config)
-    if start:
-        model.load_state_dict(start.state_dict())
+    if run:
+        tensors = run.state_dict()
+        if config.tasks:
+            rows = [run.config.tasks.index(task) for task in config.tasks]
+            tensors["task_embedding.weight"] = tensors["task_embedding.weight"][rows]
+        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
     elif encoder_weights:
         model.image_encoder.layers.load_state_dict(encoder_weights)
     if sd != "none":
-        if not start:
+        if not run:
             load_sd_unet(model.unet, sd)
         model.unet.time_embedding.requires_grad_(not config.freeze_time)
     elif is_main() and (config.preset == "paper" or config.image_encoder == "sd"):

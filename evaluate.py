@@ -50,7 +50,8 @@ def parse(argv):
     add("--allow-missing", action="store_true",
         help="segments of images without a prediction count as missed")
     add("--class-agnostic", action="store_true", help="with --gt: all categories are one")
-    add("--per-class", action="store_true", help="with --gt: a row for each category")
+    add("--per-class", action="store_true",
+        help="a row for each category, with --gt or for the task panoptic")
     add("--json", metavar="OUT", help="write the result here")
     return parser.parse_args(argv)
 
@@ -200,6 +201,8 @@ def score_weights(args):
                   f" scoring included; {', '.join(tasks)})")
         if is_main():
             print(f"{name:>12}" + "".join(f"{v:8.4f}" for _, v in numbers) + f"{seconds:9.3f}")
+            if args.per_class and "panoptic" in tasks:
+                print_table(results["panoptic"], dataset.categories, True)
         return as_json(results) | {"seconds_per_image": seconds}
 
     if is_main():

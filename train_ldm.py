@@ -43,7 +43,7 @@ def parse(argv):
         help="tasks to learn, told apart by an embedding (default: instance alone, without one)")
     add("--sd", metavar="DIR_OR_ID",
         help="start from Stable Diffusion v1 (folder or hub id), a run of this script (the same\n"
-             "network, these tasks or more), or none: random weights\n"
+             "network, any tasks), or none: random weights\n"
              "(default: CompVis/stable-diffusion-v1-4 with --preset paper, else none)")
     add("--image-encoder", choices=("patch", "sd", "dinov2"),
         help="patch: a small stem, trained; sd, dinov2: pretrained, frozen (default: paper sd,\n"
@@ -53,39 +53,49 @@ def parse(argv):
     return args
 
 
+def start_from(run, model):
+    """Copy the image encoder and the UNet of a run, and the embeddings of the tasks it knows. What
+    it lacks stays random, but new cross-attention adds nothing at first: the output is the run's.
+    """
+    theirs, ours = run.state_dict(), model.state_dict()
+    for name, tensor in ours.items():
+        if name in theirs and not name.startswith("task_embedding"):
+            tensor.copy_(theirs[name])
+        elif "attn2.to_out" in name:
+            tensor.zero_()
+    for row, task in enumerate(model.config.tasks):
+        if task in run.config.tasks:
+            place = run.config.tasks.index(task)
+            ours["task_embedding.weight"][row] = theirs["task_embedding.weight"][place]
+
+
 def build_model(config, autoencoders, sd):
     """LDMSeg with the trained autoencoders, and the weights that `sd` names.
 
-    Raises ValueError naming the field where `sd` is a run with another network or without a task.
+    Raises ValueError naming the field where `sd` is a run of another network.
     """
     run = encoder_weights = None
     if Path(sd, "model.safetensors").exists() or sd.endswith(".safetensors"):
         run = load_model(sd, kind=LDMSeg)
-        config = replace(config, encoder_json=run.config.encoder_json)
-        subset = config.tasks and set(config.tasks) <= set(run.config.tasks)
-        for name in NETWORK if subset else (*NETWORK, "tasks"):
+        for name in NETWORK:
             theirs, ours = getattr(run.config, name), getattr(config, name)
             if theirs != ours:
                 raise ValueError(f"--sd {sd}: its {name} is {theirs}, expected {ours}; use the "
                                  "same flags and --set")
+        config = replace(config, encoder_json=run.config.encoder_json)
     elif config.image_encoder != "patch":
         encoder_weights, config = pretrained_encoder(config, sd)
     model = LDMSeg(config)
-    if run:
-        tensors = run.state_dict()
-        if config.tasks:
-            rows = [run.config.tasks.index(task) for task in config.tasks]
-            tensors["task_embedding.weight"] = tensors["task_embedding.weight"][rows]
-        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-    elif encoder_weights:
+    if encoder_weights:
         model.image_encoder.layers.load_state_dict(encoder_weights)
-    if sd != "none":
-        if not run:
-            load_sd_unet(model.unet, sd)
-        model.unet.time_embedding.requires_grad_(not config.freeze_time)
+    if run:
+        start_from(run, model)
+    elif sd != "none":
+        load_sd_unet(model.unet, sd)
     elif is_main() and (config.preset == "paper" or config.image_encoder == "sd"):
         print("--sd none: the UNet starts from RANDOM weights"
               + ", the frozen image encoder STAYS random" * (config.image_encoder == "sd"))
+    model.unet.time_embedding.requires_grad_(sd == "none" or not config.freeze_time)
     for name, autoencoder in zip(("autoencoder", "depth_autoencoder"), autoencoders):
         getattr(model, name).load_state_dict(autoencoder.state_dict())
     return model

@@ -1481,7 +1481,8 @@ class TrainingStream(Dataset):
         record = self.datasets[turn][self._order(turn, epoch)[place]]
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "sample", position))
         seed, tasks = stable_seed(self.seed, "noise", position), self.config.tasks or TASKS[:1]
-        task = stable_seed(self.seed, "task", position) * len(tasks) >> 32
+        rng = np.random.default_rng(stable_seed(self.seed, "task", position))  # crc32's bits repeat
+        task = int(rng.integers(len(tasks)))
         sample = prepare(record, self.config, generator, True, tasks[task])
         share = self.config.given * (tasks[task] != "depth")
         known = keep_some(sample["ids"].numpy(), seed, share)

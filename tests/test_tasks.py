@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import train_ae
 import train_ldm
-from conftest import CATEGORIES, SCENES, ae_command, ldm_command, small_config
+from conftest import CATEGORIES, SCENES, ae_command, small_config
 from ldmseg import (
     PRESETS, TASKS, Config, DepthQuality, LDMSeg, MaskAutoencoder, ShapeScenes, TrainingStream,
     align_depth, build_unet, colorize_depth, depth_loss, draw_task, evaluate_tasks, load_model,
@@ -111,6 +111,13 @@ def test_the_gradient_reaches_the_embeddings_of_the_drawn_tasks_only(model):
     assert norms[0] > 0 and norms[1] == 0 and norms[2] > 0
 
 
+def test_the_first_estimate_of_self_conditioning_sees_the_task(model):
+    seen = []
+    model.task_embedding.register_forward_hook(lambda _, task, __: seen.append(task[0].tolist()))
+    model.diffusion_loss(**mixed_batch(), self_condition=True)
+    assert seen == [[0, 1, 2, 2], [0, 1, 2, 2]]
+
+
 def test_without_tasks_there_is_no_cross_attention_and_no_other_weight(model):
     own = ("attn2", "norm2.", "task_embedding", "depth_autoencoder")
     shapes, plain = ({name: value.shape for name, value in m.state_dict().items()}
@@ -127,10 +134,10 @@ def test_the_papers_unet_with_cross_attention_has_859_544_004_parameters():
     assert sum(p.numel() for p in unet.parameters()) == 859_544_004
 
 
-@pytest.mark.parametrize("tasks, loss", [
+@pytest.mark.parametrize("tasks, expected", [
     ((0, 2), 0.64 * (1 + 4) / 2), ((0, 1), 0.64), ((2, 2), 0.64 * 4), ((2, 1), 0.64 * 2.5),
 ])  # fmt: skip
-def test_depth_latents_are_learned_exactly_where_the_task_is_depth(stub_model, tasks, loss):
+def test_depth_latents_are_learned_exactly_where_the_task_is_depth(stub_model, tasks, expected):
     """Without noise, v is -0.8 x0; mask latents are 1, depth latents 2, the prediction is 0."""
     model = stub_model(lambda inputs, t: torch.zeros(len(inputs), 4, 4, 4), tasks=TASKS,
                        depth_scale=1.0, loss_weights="none")  # fmt: skip
@@ -138,9 +145,9 @@ def test_depth_latents_are_learned_exactly_where_the_task_is_depth(stub_model, t
     model.encode_mask = lambda ids: torch.ones(2, 4, 4, 4)
     model.encode_depth = lambda depth: torch.full((2, 4, 4, 4), 2.0)
     ids = torch.ones(2, 32, 32, dtype=torch.long)
-    got = model.diffusion_loss(images(2), ids, torch.zeros(2, 4, 4, 4), torch.zeros(2).long(), False,
-                               task=torch.tensor(tasks), depth=torch.zeros(2, 32, 32))  # fmt: skip
-    assert got.item() == pytest.approx(loss, rel=1e-6)
+    loss = model.diffusion_loss(images(2), ids, torch.zeros(2, 4, 4, 4), torch.zeros(2).long(),
+                                False, task=torch.tensor(tasks), depth=torch.zeros(2, 32, 32))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_void_counts_where_the_task_has_ids_and_invalid_depth_where_it_is_depth(stub_model):
@@ -205,9 +212,9 @@ def test_depth_loss_is_the_mean_absolute_error_over_valid_pixels():
 
 
 def test_depth_loss_upsamples_bilinearly_by_2():
-    """0, 1 becomes 0, 1/4, 3/4, 1, of which the last is invalid."""
-    depth = torch.tensor([0, 0, 0, math.nan]).expand(1, 2, 4)
-    assert depth_loss(torch.tensor([[[[0.0, 1.0]]]]), depth).item() == pytest.approx(1 / 3)
+    """0, 1 becomes 0, 1/4, 3/4, 1, of which the second and the last are valid."""
+    depth = torch.tensor([math.nan, 0, math.nan, 0]).expand(1, 2, 4)
+    assert depth_loss(torch.tensor([[[[0.0, 1.0]]]]), depth).item() == pytest.approx(5 / 8)
 
 
 def test_invalid_depth_gives_no_gradient():

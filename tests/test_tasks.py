@@ -983,8 +983,8 @@ def test_what_flags_and_data_say_cannot_be_set(complaint, runs, tmp_path, assign
 
 def test_resuming_with_other_tasks_names_the_difference(complaint, runs, tmp_path):
     run = shutil.copytree(runs.ldm, tmp_path / "run")
-    line = complaint(train_ldm.main, *tasks_command(runs, run, "instance", "semantic"))
-    assert "its run has" in line and "tasks" in line
+    line = complaint(train_ldm.main, *tasks_command(runs, run, "depth", "semantic", "instance"))
+    assert "its run has tasks ('instance', 'semantic', 'depth'), this command" in line
 
 
 def test_evaluating_on_other_classes_is_an_error(complaint, runs):

@@ -169,10 +169,13 @@ PRESETS = {
 }  # fmt: skip
 
 
+NOT_BY_SET = ("preset", "target", "tasks", "categories")  # but by flags, or from the data
+
+
 def override(config, assignments):
     """Replace fields of `config` by ["FIELD=VALUE", ...]; tuples are comma-separated.
     Raises ValueError that names the field, the value and the type expected."""
-    types, changes = {f.name: f.type for f in fields(Config) if f.name != "preset"}, {}
+    types, changes = {f.name: f.type for f in fields(Config) if f.name not in NOT_BY_SET}, {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or name not in types:
@@ -1547,7 +1550,8 @@ class TrainingStream(Dataset):
         record = self.datasets[turn][self._order(turn, epoch)[place]]
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "sample", position))
         seed, tasks = stable_seed(self.seed, "noise", position), self.config.tasks or TASKS[:1]
-        task = stable_seed(self.seed, "task", position) * len(tasks) >> 32
+        rng = np.random.default_rng(stable_seed(self.seed, "task", position))  # crc32's bits repeat
+        task = int(rng.integers(len(tasks)))
         sample = prepare(record, self.config, generator, True, tasks[task])
         share = self.config.given * (tasks[task] != "depth")
         known = keep_some(sample["ids"].numpy(), seed, share)
@@ -1623,7 +1627,7 @@ def training_parser(description, stage):
     add("--preset", choices=PRESETS, default="tiny", help="where the Config starts (default: tiny)")
     add("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE",
         help="override Config fields; those of tiny:\n"
-             + "\n".join(f"{k}={v}" for k, v in asdict(Config()).items()))
+             + "\n".join(f"{k}={v}" for k, v in asdict(Config()).items() if k not in NOT_BY_SET))
     add("--data", nargs="+", default=["shapes"],
         help="'shapes' (generated), COCO-layout folders, JSONs, {split} standing for the split\n"
              "(default: shapes); several take turns, the last one is evaluated")

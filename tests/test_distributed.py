@@ -15,6 +15,7 @@ import train_ae
 import train_ldm
 from conftest import ae_command, ldm_command, on_two_ranks, small_config
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 
 
 class ConvUNet(nn.Module):
@@ -23,9 +24,13 @@ class ConvUNet(nn.Module):
     def __init__(self, config, image_channels, cross_attention=0):
         super().__init__()
         self.conv = nn.Conv2d(8 + image_channels, 4, 3, padding=1)
+        self.context = nn.Linear(cross_attention, 4) if cross_attention else None
 
     def forward(self, inputs, t, encoder_hidden_states=None):
-        return SimpleNamespace(sample=self.conv(inputs).tanh() + t.view(-1, 1, 1, 1) / 1000)
+        output = self.conv(inputs).tanh() + t.view(-1, 1, 1, 1) / 1000
+        if self.context:
+            output = output + self.context(encoder_hidden_states[:, 0])[..., None, None]
+        return SimpleNamespace(sample=output)
 
 
 def gradients(rank, world):
@@ -41,16 +46,24 @@ def gradients(rank, world):
     part = slice(rank * 4 // world, (rank + 1) * 4 // world)
     ids, image, eps, coords, t = ids[part], image[part], eps[part], coords[part], t[part]
 
+    depth = torch.rand(4, 32, 32, generator=generator)
+    depth[1, :8], depth[3, :24] = torch.nan, torch.nan
+    task = torch.tensor([0, 2, 0, 1])  # depth is a task of the first half only
+
     torch.manual_seed(0)
     config = small_config()
-    autoencoder, model = ldmseg.MaskAutoencoder(config), ldmseg.LDMSeg(config)
-    nets = autoencoder, model
+    several = small_config(tasks=("instance", "semantic", "depth"), task_width=8, depth_scale=0.5)
+    models = {"MaskAutoencoder": ldmseg.MaskAutoencoder(config), "LDMSeg": ldmseg.LDMSeg(config),
+              "tasks": ldmseg.LDMSeg(several)}  # fmt: skip
+    nets = models.values()
     if world > 1:
         nets = [DistributedDataParallel(net) for net in nets]
-    ldmseg.ae_loss(nets[0](ids, None)[0], ids, coords, 40)[0].backward()
-    nets[1](image, ids, eps, t, True).backward()
-    return {f"{type(net).__name__}.{name}": p.grad for net in (autoencoder, model)
-            for name, p in net.named_parameters() if p.requires_grad}  # fmt: skip
+    autoencoder, ldm, tasks = nets
+    ldmseg.ae_loss(autoencoder(ids, None)[0], ids, coords, 40)[0].backward()
+    ldm(image, ids, eps, t, True).backward()
+    tasks(image, ids, eps, t, True, task=task[part], depth=depth[part]).backward()
+    return {f"{kind}.{name}": p.grad for kind, model in models.items()
+            for name, p in model.named_parameters() if p.requires_grad}  # fmt: skip
 
 
 def pq_of_scenes(rank, world):
@@ -62,6 +75,25 @@ def pq_of_scenes(rank, world):
         metric.update(scene["ids"], scene["segments"], scene["ids"][:, ::-1], scene["segments"])
     metric.all_reduce("cpu")
     return metric.compute()
+
+
+def task_scores(rank, world):
+    """The scores of all tasks for random blocks, over five scenes, of which this process counts
+    its share."""
+    scenes = ldmseg.ShapeScenes("val", 32)  # those that have the first 7 classes only
+    kept = [i for i in range(60) if max(s["category_id"] for s in scenes[i]["segments"]) < 8][:5]
+    dataset = Subset(scenes, kept)
+    dataset.categories = scenes.categories[:7]
+    config = small_config(tasks=ldmseg.TASKS, categories=json.dumps(dataset.categories))
+
+    def outputs(batch):
+        for seed in batch["seed"]:
+            noise = torch.randn(17, 4, 4, generator=torch.Generator().manual_seed(seed)) * 50
+            noise = noise.repeat_interleave(4, 1).repeat_interleave(4, 2)  # (17, 16, 16)
+            yield {"instance": noise[:8], "semantic": noise[8:16], "depth": noise[16:] / 50}
+
+    tasks = ["panoptic", *ldmseg.TASKS]
+    return ldmseg.evaluate_tasks(tasks, outputs, dataset, config, "cpu")[0]
 
 
 def run_scripts(folder, data, rank):
@@ -88,7 +120,8 @@ def work(rank, world, folder, data):
     ldmseg.build_unet = ConvUNet
     if world > 1:
         ldmseg.setup_distributed("cpu")
-    result = {"gradients": gradients(rank, world), "pq": pq_of_scenes(rank, world)}
+    result = {"gradients": gradients(rank, world), "pq": pq_of_scenes(rank, world),
+              "tasks": task_scores(rank, world)}  # fmt: skip
     torch.save(result, folder / f"rank{rank}.pt")
     ldmseg.run_script(lambda: run_scripts(folder, data, rank))
 
@@ -110,7 +143,7 @@ def results(outcomes):
     return [torch.load(path) for path in (one / "rank0.pt", two / "rank0.pt", two / "rank1.pt")]
 
 
-@pytest.mark.parametrize("net", ["MaskAutoencoder", "LDMSeg"])
+@pytest.mark.parametrize("net", ["MaskAutoencoder", "LDMSeg", "tasks"])
 def test_gradients_of_two_ranks_equal_those_of_one_process(outcomes, net):
     one, *ranks = (result["gradients"] for result in results(outcomes))
     names = [name for name in one if name.startswith(net)]
@@ -128,6 +161,18 @@ def test_pq_of_two_ranks_equals_that_of_one_process(outcomes):
         assert rank["per_class"].keys() == one["per_class"].keys()
         for category, row in one["per_class"].items():
             assert rank["per_class"][category] == pytest.approx(row, rel=1e-12)
+
+
+def test_scores_of_all_tasks_of_two_ranks_equal_those_of_one_process(outcomes):
+    one, *ranks = (result["tasks"] for result in results(outcomes))
+    assert one["depth"]["n"] == 5 and 0 < one["semantic"]["miou"] < 1
+    for rank in ranks:
+        assert rank["panoptic"]["per_class"] == one["panoptic"]["per_class"]
+        assert rank["depth"] == pytest.approx(one["depth"], rel=1e-9)
+        for task in ("panoptic", "instance", "semantic"):
+            for group in ("All", "Things", "Stuff"):
+                assert rank[task][group] == pytest.approx(one[task][group], rel=1e-9)
+        assert rank["semantic"]["miou"] == pytest.approx(one["semantic"]["miou"], rel=1e-9)
 
 
 @pytest.mark.parametrize("stage", ["ae", "ldm"])

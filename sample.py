@@ -45,7 +45,7 @@ def parse(argv):
     add = parser.add_argument
     add("paths", nargs="*", metavar="IMAGE", help="image files (default: eight generated scenes)")
     add("--data", help="segment a split of 'shapes', a COCO-layout folder or a COCO JSON")
-    add("--weights", metavar="RUN", 
+    add("--weights", metavar="RUN",
         help="run folder or weights file (default: runs/ldm if there, else shipped)")
     add("--steps", type=int, default=50, help="denoising steps (default: 50)")
     add("--sampler", choices=SAMPLERS, default="ddim",

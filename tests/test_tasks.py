@@ -18,7 +18,7 @@ from conftest import CATEGORIES, SCENES, ae_command, small_config
 from ldmseg import (
     PRESETS, TASKS, Config, DepthQuality, LDMSeg, MaskAutoencoder, ShapeScenes, TrainingStream,
     align_depth, build_unet, colorize_depth, depth_loss, draw_task, evaluate_tasks, load_model,
-    merge_panoptic, prepare, read_image, relative_depth, rgb2id, seeded_noise,
+    merge_panoptic, prepare, read_image, relative_depth, rgb2id, save_weights, seeded_noise,
 )  # fmt: skip
 from PIL import Image
 
@@ -283,10 +283,10 @@ def depth_scores(*pairs):
 
 # aligned to 5 5 10 10
 FOUR = (3, 7, 9, 11), (0, 0, 1, 1)
-OF_FOUR = {"abs_rel": (2 / 3 + 2 / 7 + 1 / 9 + 1 / 11) / 4, "rmse": 2.5**0.5, "delta_1.25": 0.5}
+OF_FOUR = {"abs_rel": (2 / 3 + 2 / 7 + 1 / 9 + 1 / 11) / 4, "rmse": 2.5**0.5, "delta1": 0.5}
 # aligned to 2 2 2
 THREE = (1, 2, 3), (8, 8, 8)
-OF_THREE = {"abs_rel": 4 / 9, "rmse": (2 / 3) ** 0.5, "delta_1.25": 1 / 3}
+OF_THREE = {"abs_rel": 4 / 9, "rmse": (2 / 3) ** 0.5, "delta1": 1 / 3}
 
 
 @pytest.mark.parametrize("pair, expected", [(FOUR, OF_FOUR), (THREE, OF_THREE)])
@@ -313,7 +313,7 @@ def test_invalid_pixels_do_not_count_in_depth_scores():
 def test_negative_aligned_depth_is_wrong():
     """Aligned to -0.8, 3.7, 8.2, of which only the last is within a ratio of 1.25."""
     result = depth_scores(((1, 0.1, 10), (0, 1, 2)))
-    assert result["delta_1.25"] == pytest.approx(1 / 3)
+    assert result["delta1"] == pytest.approx(1 / 3)
     assert result["abs_rel"] == pytest.approx((1.8 + 36 + 0.18) / 3)
 
 
@@ -568,7 +568,7 @@ def test_perfect_outputs_have_perfect_scores(truth):
         assert result[task]["All"]["pq"] == 1
     assert result["panoptic"]["All"]["n"] == 3 and result["instance"]["All"]["n"] == 1
     assert result["panoptic"]["miou"] == result["semantic"]["miou"] == 1
-    assert result["depth"]["n"] == 2 and result["depth"]["delta_1.25"] == 1
+    assert result["depth"]["n"] == 2 and result["depth"]["delta1"] == 1
     assert result["depth"]["abs_rel"] < 1e-5 and result["depth"]["rmse"] < 1e-4
 
 
@@ -695,11 +695,16 @@ def test_the_depth_scale_gives_latents_the_chosen_deviation(runs):
     assert scale == pytest.approx(0.7 / log_of(runs.depth)[-1]["latent_std"])
 
 
+PQ = {"pq", "sq", "rq"}
+PANOPTIC = {f"panoptic_{name}" for name in ("pq", "sq", "rq", "pq_th", "pq_st")}
+DEPTH = {"depth_absrel", "depth_rmse", "depth_delta1"}
+
+
 def test_a_run_of_all_tasks_logs_the_score_of_each(runs):
-    scores = {"autoencoder_pq", "pq", "sq", "rq", "panoptic_pq", "miou", "abs_rel"}
+    scores = {"autoencoder_pq", "semantic_miou"} | PQ | PANOPTIC | DEPTH
     training, evaluation = log_of(runs.ldm)
     assert set(evaluation) == scores | {"step", "sampling_steps"} and training["loss"] > 0
-    assert 0 < evaluation["abs_rel"] < 1 and 0 < evaluation["miou"] < 1
+    assert 0 < evaluation["depth_absrel"] < 1 and 0 < evaluation["semantic_miou"] < 1
     width, _ = Image.open(runs.ldm / "step000002.png").size
     assert width == 7 * 164  # image, truth, autoencoder alone, panoptic and the three tasks
 
@@ -725,9 +730,9 @@ def test_a_resumed_run_equals_one_without_a_break(runs, tmp_path, stage):
 
 
 @pytest.mark.parametrize("tasks, scores", [
-    (("semantic",), {"miou"}), (("depth", "instance"), {"abs_rel", "pq", "sq", "rq"}),
-    (("semantic", "instance"), {"miou", "pq", "sq", "rq", "panoptic_pq"}),
-])  # fmt: skip
+    (("semantic",), {"semantic_miou"}), (("depth", "instance"), DEPTH | PQ),
+    (("semantic", "instance"), {"semantic_miou"} | PQ | PANOPTIC),
+])
 def test_any_of_the_tasks_are_trained_in_their_order(runs, tmp_path, tasks, scores):
     train_ldm.main([*tasks_command(runs, tmp_path, *tasks), "--steps", "1"])
     assert load_model(tmp_path).config.tasks == tasks
@@ -841,7 +846,7 @@ def test_the_json_of_all_tasks_has_each_ones_scores(scored):
     names = {"All", "Things", "Stuff", "per_class", "miou", "pixel_accuracy", "instance", "depth",
              "steps", "autoencoder"}  # fmt: skip
     assert set(scored[None]) == names
-    assert set(scored[None]["depth"]) == {"abs_rel", "rmse", "delta_1.25", "n"}
+    assert set(scored[None]["depth"]) == {"abs_rel", "rmse", "delta1", "n"}
     assert scored[None]["depth"]["n"] == 2 and set(scored[None]["per_class"]) <= {"7", "9"}
 
 
@@ -997,3 +1002,28 @@ def test_scenes_have_depth_for_a_run_without_files(tmp_path):
     command = [*ae_command("shapes", tmp_path / "run"), "--target", "depth", "--limit", "2"]
     train_ae.main(command)
     assert log_of(tmp_path / "run")[-1]["n"] == 2 and "depth" in ShapeScenes("val", 32)[0]
+
+
+def test_several_tasks_that_start_from_a_run_without_any_give_its_output_at_first(tmp_path):
+    config = small_config(unet_attention=(1, 1))
+    run = random_model(config)
+    save_weights(tmp_path / "model.safetensors", run, config, 1)
+    tasks = replace(config, tasks=("depth", "instance"), depth_scale=1.0)
+    depth = MaskAutoencoder(replace(config, target="depth"))
+    model = train_ldm.build_model(tasks, [run.autoencoder, depth], str(tmp_path)).eval()
+    z, t = torch.randn(2, 4, 4, 4), torch.tensor([3, 700])
+    z_image = model.encode_image(torch.randn(2, 3, 32, 32))
+    expected = run.predict(z, z_image, z, t)[0]
+    for task in (0, 1):
+        output = model.predict(z, z_image, z, t, torch.full((2,), task))[0]
+        torch.testing.assert_close(output, expected)
+    assert expected.abs().max() > 0.1
+
+
+def test_a_task_of_another_run_brings_its_embedding(tmp_path):
+    config = replace(small_config(), tasks=("semantic", "instance"))
+    run = LDMSeg(config)
+    save_weights(tmp_path / "model.safetensors", run, config, 1)
+    alone = train_ldm.build_model(replace(config, tasks=("instance",)), [run.autoencoder],
+                                  str(tmp_path))
+    torch.testing.assert_close(alone.task_embedding.weight, run.task_embedding.weight[1:])

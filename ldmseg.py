@@ -17,7 +17,7 @@ Ids: int64 maps in [0, N-1]; 0 is VOID (unlabelled: never a target, never counte
     Eq. 4  noise loss (Alg. 1)           LDMSeg.diffusion_loss, NoiseSchedule.weights
     Eq. 5  DDIM step (Alg. 2)            LDMSeg.denoise
     Alg. 3 mask inpainting               LDMSeg.inpaint
-    Supp. A post-processing              postprocess
+    Supp. A post-processing; tasks       postprocess, merge_panoptic; LDMSeg.predict
 """
 
 import argparse

@@ -654,23 +654,22 @@ class LDMSeg(nn.Module):
         z = self.autoencoder.encode(self.autoencoder.code(ids)).float()
         return z * self.config.mask_scale
 
-    def decode(self, z, task="instance"):
-        """Scaled latents (B, 4, h, w) -> logits (B, N, H/2, W/2), or depth (B, 1, H/2, W/2)."""
-        if task == "depth":
-            return self.depth_autoencoder.decode(z / self.config.depth_scale)
-        return self.autoencoder.decode(z / self.config.mask_scale)
-
     @torch.no_grad()
     def encode_depth(self, depth):
         """depth (B, H, W) in [-1, 1], NaN = invalid -> latents (B, 4, h, w), scaled."""
         z = self.depth_autoencoder.encode(self.depth_autoencoder.code(depth)).float()
         return z * self.config.depth_scale
 
+    def decode(self, z, task="instance"):
+        """Scaled latents (B, 4, h, w) -> logits (B, N, H/2, W/2), or depth (B, 1, H/2, W/2)."""
+        if task == "depth":
+            return self.depth_autoencoder.decode(z / self.config.depth_scale)
+        return self.autoencoder.decode(z / self.config.mask_scale)
+
     def predict(self, z_t, z_image, x0_previous, t, task=None):
         """One UNet call at timesteps t int64 (B,). Returns its output, and what it says of x0, eps.
 
-        task int64 (B,): places in config.tasks; an embedding, seen by cross-attention (Supp. A).
-
+        task int64 (B,): places in config.tasks; cross-attention sees their embeddings (Supp. A).
         The output estimates eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0.
         NOTE: paper eps; here also v, because a small UNet from random weights learns it sooner.
         """
@@ -713,7 +712,7 @@ class LDMSeg(nn.Module):
             signal, noise = self.schedule.signal_and_noise(t)
             target = signal * eps - noise * x0
         valid = F.interpolate(valid.float()[:, None], z_t.shape[-2:], mode="nearest-exact")[:, 0]
-        error = (output - target).square().mean(1) * valid
+        error = (output - target).square().mean(1) * valid  # (B, h, w)
         error = error * self.loss_weights[t].view(-1, 1, 1)
         return error.sum() / global_mean_count(valid.sum())
 
@@ -788,9 +787,10 @@ class LDMSeg(nn.Module):
         """Alg. 3: completes partial masks. Returns logits (B, N, H/2, W/2), latents (B, 4, h, w).
 
         ids int64 and known bool (B, H, W): see `give`. Cells of which at least `known_share` is
-        known keep their given latents; those that know less hint at x0 in self-conditioning.
-        repeats: passes over each timestep, the noise drawn anew between them, so that the unknown
-        cells come to agree with the known ones (RePaint; Alg. 3: 1).
+        known keep their given latents. NOTE: the paper does not say what partly known cells do;
+        here those that know less hint at x0 in self-conditioning, because pasting them does harm.
+        NOTE: paper: one pass over each timestep; here `repeats`, with fresh noise between them as
+        in RePaint, because the unknown cells then come to agree with the known ones.
         """
         noise = seeded_noise(seeds, self.config, image.device)
         *_, x0 = self.denoise(self.encode_image(image), noise, steps, 0.0, seeds,

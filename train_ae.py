@@ -64,14 +64,19 @@ def evaluate(autoencoder, val, config, device, args):
     return dict(reconstruction_pq=pq, sq=sq, rq=rq, miou=by_id.compute()["miou"]), rows
 
 
-def main(argv=None):
+def parse(argv):
     parser = training_parser(__doc__, "ae")
     parser.add_argument("--target", choices=("ids", "depth"), default="ids",
                         help="what to compress (default: ids; depth goes to runs/ae_depth)")
     args = parser.parse_args(argv)
-    config = replace(training_config(args, "ae"), target=args.target)
     if args.target == "depth" and args.out == parser.get_default("out"):
         args.out += "_depth"
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    config = replace(training_config(args, "ae"), target=args.target)
     device, autocast = setup_distributed(args.device, args.amp)
     train, val, _ = training_data(args, config)
     stream = TrainingStream(train, config, args.seed)

@@ -130,13 +130,12 @@ def score_files(args):
         metric.state += state
         metric.odd += odd
     metric.all_reduce(device)
-    segments, pixels = metric.odd.astype(int).tolist()
-    if segments and is_main():
-        print(f"warning: {args.gt}: {segments} segments have another area than their pixels; "
-              "pixels were counted", file=sys.stderr)
-    if pixels and is_main():
-        print(f"warning: {args.gt}: {pixels} pixels have an id that the JSON does not list; they "
-              "belong to no segment and are not VOID", file=sys.stderr)
+    odd = ("segments have another area than their pixels; pixels were counted",
+           "pixels have an id that the JSON does not list; they belong to no segment and are not "
+           "VOID")
+    for count, what in zip(metric.odd.astype(int).tolist(), odd):
+        if count and is_main():
+            print(f"warning: {args.gt}: {count} {what}", file=sys.stderr)
     return metric.compute(), metric.categories, images
 
 
@@ -160,10 +159,9 @@ def as_json(results):
     """One object of the results of tasks, in the format of --gt and --pred."""
     merged = {}
     for task, result in results.items():  # "panoptic" is the first
-        if task == "semantic":
-            merged |= {name: result[name] for name in ("miou", "pixel_accuracy")}
-        else:
-            merged |= {task: result} if task == "depth" or "All" in merged else result
+        keys = ("miou", "pixel_accuracy") if task == "semantic" else result
+        alone = task == "depth" or task == "instance" and "All" in merged
+        merged |= {task: result} if alone else {key: result[key] for key in keys}
     return merged
 
 

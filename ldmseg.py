@@ -799,6 +799,28 @@ class LDMSeg(nn.Module):
         return self.decode(x0), x0
 
 
+NETWORK = (  # what two runs must share for one to start from the other
+    "prediction", "latent_channels", "bits", "codes", "latents", "ae_widths",
+    "task_width", "image_encoder", "image_scale", "stem_widths", "unet_widths",
+    "unet_attention", "unet_layers", "unet_heads")
+
+
+def start_from(run, model):
+    """Copy the image encoder and the UNet of a run, and the embeddings of the tasks it knows. What
+    it lacks stays random, but new cross-attention adds nothing at first: the output is the run's.
+    """
+    theirs, ours = run.state_dict(), model.state_dict()
+    for name, tensor in ours.items():
+        if name in theirs and not name.startswith("task_embedding"):
+            tensor.copy_(theirs[name])
+        elif "attn2.to_out" in name:
+            tensor.zero_()
+    for row, task in enumerate(model.config.tasks):
+        if task in run.config.tasks:
+            place = run.config.tasks.index(task)
+            ours["task_embedding.weight"][row] = theirs["task_embedding.weight"][place]
+
+
 # ---- 10. Logits -> segments (Supp. A) ----------------------------------------------------------
 
 

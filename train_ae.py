@@ -71,12 +71,11 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.target == "depth" and args.out == parser.get_default("out"):
         args.out += "_depth"
-    return args
+    return args, replace(training_config(args, "ae"), target=args.target)
 
 
 def main(argv=None):
-    args = parse(argv)
-    config = replace(training_config(args, "ae"), target=args.target)
+    args, config = parse(argv)
     device, autocast = setup_distributed(args.device, args.amp)
     train, val, _ = training_data(args, config)
     stream = TrainingStream(train, config, args.seed)

@@ -20,17 +20,13 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    TASKS, Config, LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize, colorize_depth,
-    default_weights, distribute, evaluate_tasks, headline, is_main, learning_rate, load_model,
-    load_sd_unet, log_line, make_ema, make_optimizer, override, pretrained_encoder, progress,
-    resume_run, run_script, sampler_of, save_grid, save_run, seeded_noise, setup_distributed,
-    stable_seed, tasks_of, training_config, training_data, training_loader, training_parser,
+    NETWORK, TASKS, LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize,
+    colorize_depth, default_weights, distribute, evaluate_tasks, headline, is_main, learning_rate,
+    load_model, load_sd_unet, log_line, make_ema, make_optimizer, override, pretrained_encoder,
+    progress, resume_run, run_script, sampler_of, save_grid, save_run, seeded_noise,
+    setup_distributed, stable_seed, start_from, tasks_of, training_config, training_data,
+    training_loader, training_parser,
 )  # fmt: skip
-
-NETWORK = (  # what two runs must share for one to start from the other
-    "prediction", "latent_channels", "bits", "codes", "latents", "ae_widths",
-    "task_width", "image_encoder", "image_scale", "stem_widths", "unet_widths",
-    "unet_attention", "unet_layers", "unet_heads")
 
 
 def parse(argv):
@@ -53,27 +49,9 @@ def parse(argv):
     return args
 
 
-def start_from(run, model):
-    """Copy the image encoder and the UNet of a run, and the embeddings of the tasks it knows. What
-    it lacks stays random, but new cross-attention adds nothing at first: the output is the run's.
-    """
-    theirs, ours = run.state_dict(), model.state_dict()
-    for name, tensor in ours.items():
-        if name in theirs and not name.startswith("task_embedding"):
-            tensor.copy_(theirs[name])
-        elif "attn2.to_out" in name:
-            tensor.zero_()
-    for row, task in enumerate(model.config.tasks):
-        if task in run.config.tasks:
-            place = run.config.tasks.index(task)
-            ours["task_embedding.weight"][row] = theirs["task_embedding.weight"][place]
-
-
 def build_model(config, autoencoders, sd):
-    """LDMSeg with the trained autoencoders, and the weights that `sd` names.
-
-    Raises ValueError naming the field where `sd` is a run of another network.
-    """
+    """LDMSeg with the trained autoencoders, and the weights that `sd` names. Raises ValueError
+    naming the field where that is a run of another network."""
     run = encoder_weights = None
     if Path(sd, "model.safetensors").exists() or sd.endswith(".safetensors"):
         run = load_model(sd, kind=LDMSeg)
@@ -95,7 +73,8 @@ def build_model(config, autoencoders, sd):
     elif is_main() and (config.preset == "paper" or config.image_encoder == "sd"):
         print("--sd none: the UNet starts from RANDOM weights"
               + ", the frozen image encoder STAYS random" * (config.image_encoder == "sd"))
-    model.unet.time_embedding.requires_grad_(sd == "none" or not config.freeze_time)
+    if sd != "none":
+        model.unet.time_embedding.requires_grad_(not config.freeze_time)
     for name, autoencoder in zip(("autoencoder", "depth_autoencoder"), autoencoders):
         getattr(model, name).load_state_dict(autoencoder.state_dict())
     return model
@@ -125,25 +104,22 @@ def timesteps_of(seeds):
 
 def inherit_autoencoders(args):
     """The trained autoencoders of --ae, of ids and with that task of depth, and the Config with
-    their codes, shape and scales.
-
-    Raises ValueError where the two sizes differ or --set asks for another autoencoder.
+    their codes, shape and scales. Raises ValueError where sizes differ or --set asks for others.
     """
     config = replace(training_config(args, "ldm"), tasks=tuple(args.tasks))
-    paths, targets = args.ae or [default_weights("runs/ae")], ["ids", "depth"]
-    if config.needs_depth and len(paths) == 1:
-        paths = [*paths, "runs/ae_depth"]
+    paths = args.ae or [default_weights("runs/ae")]
+    paths = [*paths, *["runs/ae_depth"] * (config.needs_depth and len(paths) == 1)]
     if len(paths) != 1 + config.needs_depth:
         raise ValueError(f"--ae {' '.join(map(str, paths))}: expected {1 + config.needs_depth} of "
                          f"them with --tasks {' '.join(args.tasks)}")
     names, models = ("codes", "bits", "ae_widths", "latent_channels", "latents"), []
-    for path, target, scale in zip(paths, targets, ("mask_scale", "depth_scale")):
-        models.append(load_model(path))
-        models[-1] = getattr(models[-1], "autoencoder", models[-1])  # of either stage
+    for path, target, scale in zip(paths, ("ids", "depth"), ("mask_scale", "depth_scale")):
+        model = load_model(path)
+        models.append(getattr(model, "autoencoder", model))  # of either stage
         theirs = models[-1].config
         inherited = {n: getattr(theirs, n) for n in names if target == "ids"}
         measured = theirs.mask_scale * config.mask_std / theirs.mask_std
-        inherited[scale] = getattr(config, scale) or measured
+        inherited |= {scale: getattr(config, scale) or measured}
         config = override(replace(config, **inherited), args.set)
         for name in ("target", "size", *names[2 * (target == "depth") :]):
             expected = getattr(replace(config, target=target), name)
@@ -152,8 +128,8 @@ def inherit_autoencoders(args):
                                  f"{expected}; train stage 1 with the same --set")
     if args.image_encoder:  # with its own scale, unless --set says another
         scale = [assignment for assignment in args.set if assignment.startswith("image_scale=")]
-        config = replace(config, image_encoder=args.image_encoder,
-                         image_scale=override(Config(), scale).image_scale)
+        config = replace(config, image_encoder=args.image_encoder, image_scale=0.0)
+        config = override(config, scale)
     return models, config
 
 
@@ -203,15 +179,14 @@ def main(argv=None):
     for step in progress(range(start, steps), steps, "stage 2", start):
         # one coin per optimizer step, the same on all ranks
         coin = random.Random(stable_seed(args.seed, "coin", step)).random()
-        self_condition = coin < config.self_condition
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
             seeds = batch.pop("seed")
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             eps, t = seeded_noise(seeds, config, device), timesteps_of(seeds).to(device)
-            with autocast():
-                loss = net(eps=eps, t=t, self_condition=self_condition, **batch)  # Eq. 4
+            with autocast():  # Eq. 4
+                loss = net(eps=eps, t=t, self_condition=coin < config.self_condition, **batch)
             scaler.scale(loss / args.accumulate).backward()
             meter.add(len(seeds), loss=loss)
         lr = learning_rate(step, steps, config.ldm_lr, config)
@@ -234,8 +209,8 @@ def main(argv=None):
             scores, rows = evaluate(averaged, val, config, device, autocast, args)
             log_line(args.out, step=done, **scores, sampling_steps=config.eval_steps)
             if is_main():
-                titles = ["image", "truth", "autoencoder alone", *tasks_of(config)]
-                save_grid(f"{args.out}/step{done:06d}.png", titles, rows)
+                save_grid(f"{args.out}/step{done:06d}.png",
+                          ["image", "truth", "autoencoder alone", *tasks_of(config)], rows)
             save_run(args.out, done, averaged, config, settings, state)
             meter = Meter()  # its clock starts again
 

@@ -47,6 +47,11 @@ SCENES = {
 CATEGORIES = [{"id": 7, "name": "cell", "isthing": 1}, {"id": 9, "name": "ground", "isthing": 0}]
 
 
+def pytest_configure(config):
+    """pycocotools 2.0.11 warns of NumPy 2 at every mask that it decodes."""
+    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
+
+
 def paint(height, width, segments):
     """The id map (height, width) of one entry of SCENES."""
     ids = np.zeros((height, width), np.int64)

@@ -113,6 +113,8 @@ def test_cells_known_enough_keep_the_latents_of_the_partial_mask(conv_model, kno
     share = share_of_cells(known & (ids > 0))
     assert torch.equal(kept, share >= known_share)
     assert kept.any() and not kept.all()
+    exact = model.encode_mask(ids * known)  # the same convolutions, in the same order
+    assert (latents - exact).abs()[kept.expand_as(latents)].max() <= 1e-6
 
 
 def test_void_is_unknown(conv_model):

@@ -119,17 +119,18 @@ def complete_image(model, args, device, autocast):
     if abs(ids.shape[0] / ids.shape[1] / (image.shape[0] / image.shape[1]) - 1) > 0.02:
         raise ValueError(f"{args.mask}: {ids.shape[1]} x {ids.shape[0]} pixels, expected the aspect"
                          f" of its image, {image.shape[1]} x {image.shape[0]}")
-    masks, confidence = zip(*complete(model, image, ids, args, device, autocast))
-    names = [f"{Path(name).stem}_{k}" for k in range(1, len(masks) + 1)] if masks[1:] else [name]
+    several = args.variations > 1
+    names = [f"{Path(name).stem}_{k + 1}" for k in range(args.variations)] if several else [name]
     written = [Path(args.out, "panoptic", n).with_suffix(".png") for n in names]
     if Path(args.mask).resolve() in [path.resolve() for path in written]:
         raise ValueError(f"--out {args.out}: would overwrite {args.mask}; use another --out")
+    masks, confidence = zip(*complete(model, image, ids, args, device, autocast))
     about = {"image": image, "file_name": name}
     write_panoptic_json(args.out, [
         write_panoptic(args.out, n, about | {"image_id": Path(n).stem}, mask, segments_of(mask))
         for n, mask in zip(names, masks)])
     gray = {"confidence": np.mean(confidence, 0)}
-    if masks[1:]:
+    if several:
         gray["where they differ"] = np.mean([~same_segment(masks[0], m) for m in masks[1:]], 0)
     pictures = [image, *map(colorize, (resize(ids, image.shape[:2]), *masks))]
     pictures += [np.repeat((255 * g).astype(np.uint8)[..., None], 3, 2) for g in gray.values()]
@@ -147,10 +148,11 @@ class Scores:
 
     def add(self, record, drawn, ids, known):
         """drawn: predicted ids; ids, known: what the model was given; all of the truth's size."""
-        self.all.update(record["ids"], record["segments"], drawn, segments_of(drawn))
+        segments = segments_of(drawn)
+        self.all.update(record["ids"], record["segments"], drawn, segments)
         truth = np.where(known & (ids != VOID), VOID, record["ids"])
         left = [s for s in record["segments"] if s["id"] in truth]
-        self.dropped.update(truth, left, drawn, segments_of(drawn))
+        self.dropped.update(truth, left, drawn, segments)
         asked = np.where(~known & np.isin(ids, ids[known]), ids, VOID)
         self.by_id.update(asked, segments_of(asked, None), drawn, segments_of(drawn, None))
 

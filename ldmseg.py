@@ -878,14 +878,14 @@ def merge_panoptic(instance_logits, semantic_logits, size, isthing, mask_thresho
     ids, N = postprocess(instance_logits, size, mask_threshold, min_area), len(instance_logits)
     classes = probabilities(semantic_logits, size).argmax(0)
     votes = torch.bincount((ids * N + classes).flatten(), minlength=N * N).view(N, N)
-    votes = votes[:, 1 : len(isthing) + 1]  # (N, K)
-    table, class_of, stuff = torch.zeros(N, dtype=torch.long, device=ids.device), {}, {}
+    votes = votes[:, 1 : len(isthing) + 1].cpu()  # (N, K), read one by one below
+    table, class_of, stuff = torch.zeros(N, dtype=torch.long), {}, {}
     for id in range(1, N):
         if votes[id].any():
             winner = 1 + int(votes[id].argmax())
             table[id] = id if isthing[winner - 1] else stuff.setdefault(winner, id)
             class_of[int(table[id])] = winner
-    return table[ids], class_of
+    return table.to(ids.device)[ids], class_of
 
 
 # ---- 11. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ------------------------------
@@ -1575,11 +1575,12 @@ class TrainingStream(Dataset):
         rng = np.random.default_rng(stable_seed(self.seed, "task", position))  # crc32's bits repeat
         task = int(rng.integers(len(tasks)))
         sample = prepare(record, self.config, generator, True, tasks[task])
-        share = self.config.given * (tasks[task] != "depth")
-        known = keep_some(sample["ids"].numpy(), seed, share)
-        extra = {"known": torch.from_numpy(known)} if self.config.given else {}
-        extra |= {"task": task} if self.config.tasks else {}
-        return sample | extra | {"seed": seed}
+        if self.config.given:
+            share = self.config.given * (tasks[task] != "depth")
+            sample["known"] = torch.from_numpy(keep_some(sample["ids"].numpy(), seed, share))
+        if self.config.tasks:
+            sample["task"] = task
+        return sample | {"seed": seed}
 
 
 def training_loader(stream, batch_size, accumulate, start, stop, workers):

@@ -139,13 +139,13 @@ def main(argv=None):
             entries.append((index, name))
             write_png(out / "depth" / name, (1 + 32767 * (drawn.clip(-1, 1) + 1)).astype(np.uint16))
             write_png(out / "overlay" / name, colorize_depth(drawn))
-            columns = [colorize_depth(drawn)]
         else:
             entries.append((index, write_panoptic(out, name, record, drawn, segments)))
-            truth = [] if args.paths else [colorize(record["ids"])]
-            columns = [*truth, colorize(drawn), overlay(image, drawn)]
         if len(rows) < 8:
-            rows.append([image, *columns])
+            truth = [] if args.paths or task == "depth" else [colorize(record["ids"])]
+            shown = [colorize_depth(drawn)] if task == "depth" else [
+                colorize(drawn), overlay(image, drawn)]
+            rows.append([image, *truth, *shown])
             first.append(record)
 
     gathered = [None] * rank_and_world()[1]

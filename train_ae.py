@@ -98,13 +98,13 @@ def main(argv=None):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
             target = batch[config.target].to(device, non_blocking=True)
-            coords = candidate_coords(batch["seed"], config.points, device)
             eps = seeded_noise(batch["seed"], config, device) if gaussian else None
             with autocast():
                 logits, kl = net(target, eps)  # (B, N, H/2, W/2)
                 if config.target == "depth":
                     loss, parts = depth_loss(logits, target), {}
                 else:
+                    coords = candidate_coords(batch["seed"], config.points, device)
                     loss, parts = ae_loss(logits, target, coords, config.points)
                 loss = loss + config.kl_weight * kl
             scaler.scale(loss / args.accumulate).backward()

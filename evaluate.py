@@ -173,10 +173,7 @@ def score_weights(args):
     config, autoencoder = model.config, getattr(model, "autoencoder", model)
     target = autoencoder.config.target
     own = "depth" if target == "depth" else "instance"  # the task of the autoencoder alone
-    known = [own] if model is autoencoder else tasks_of(config)
-    if args.task not in (None, *known):
-        raise ValueError(f"--task {args.task}: {path} knows {', '.join(known)}")
-    tasks = [args.task] if args.task else list(known)
+    tasks = list(tasks_of(config, args.task))
     dataset = open_dataset(args.data, args.split, args.images, config.size, "val",
                            "depth" in tasks)
     if args.min_area is not None or model is autoencoder:

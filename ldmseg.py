@@ -2015,10 +2015,14 @@ def predict_dataset(output_of, dataset, config, device, seed=0, workers=0, limit
             done += 1
 
 
-def tasks_of(config):
-    """What weights can do: their tasks, after "panoptic" where they know instance and semantic."""
-    tasks = config.tasks or TASKS[:1]
-    return ("panoptic", *tasks) if {"instance", "semantic"} <= set(tasks) else tasks
+def tasks_of(config, wanted=None):
+    """What weights can do: their tasks, after "panoptic" where they know instance and semantic; of
+    these only `wanted`, if given. Raises ValueError that lists them where it is not among them."""
+    tasks = config.tasks or (("depth",) if config.target == "depth" else TASKS[:1])
+    tasks = ("panoptic", *tasks) if {"instance", "semantic"} <= set(tasks) else tasks
+    if wanted not in (None, *tasks):
+        raise ValueError(f"--task {wanted}: these weights know {', '.join(tasks)}")
+    return (wanted,) if wanted else tasks
 
 
 def sampler_of(model, tasks, steps, eta, autocast):

@@ -125,9 +125,7 @@ def main(argv=None):
     device, autocast = setup_distributed(args.device, args.amp)
     model = load_model(args.weights or default_weights("runs/ldm"), device, LDMSeg)
     model.schedule.timesteps(args.steps)  # an impossible number of steps stops here
-    config, task = model.config, args.task or tasks_of(model.config)[0]
-    for part in ("instance", "semantic") if task == "panoptic" else (task,):
-        model.task_of(part, 1)  # an unknown task stops here
+    config, task = model.config, tasks_of(model.config, args.task)[0]
     dataset, limit = choose_images(args, config.size)
     out, entries, rows, first = Path(args.out), [], [], []
     sample = sampler_of(model, [task], args.steps, SAMPLERS[args.sampler], autocast)

@@ -18,8 +18,8 @@ from ldmseg import (
     MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, candidate_coords, colorize,
     colorize_depth, depth_loss, distribute, evaluate_tasks, is_main, learning_rate, log_line,
     make_ema, make_optimizer, postprocess, progress, resume_run, run_script, save_grid, save_run,
-    seeded_noise, segments_of, setup_distributed, training_config, training_data, training_loader,
-    training_parser,
+    seeded_noise, segments_of, setup_distributed, tasks_of, training_config, training_data,
+    training_loader, training_parser,
 )  # fmt: skip
 
 
@@ -40,19 +40,17 @@ def evaluate(autoencoder, val, config, device, args):
     mIoU is over the N - 1 random ids that the autoencoder was given, at its own resolution. Of a
     depth autoencoder: the depth metrics.
     """
+    task = tasks_of(config)[0]
     options = dict(limit=args.limit or 200, workers=args.workers, seed=args.seed, pictures=8)
     by_id = PanopticQuality([{"id": i, "isthing": 1} for i in range(1, config.num_ids)])
 
     def reconstruct(batch):
         logits = autoencoder.reconstruct(batch[config.target])
-        if config.target == "depth":
-            return [{"depth": one} for one in logits]
-        for truth, one in zip(batch["ids"].cpu().numpy(), logits):
+        for truth, one in zip(batch["ids"].cpu().numpy(), logits) if task == "instance" else ():
             ids = postprocess(one, truth.shape, 0, 0).cpu().numpy()
             by_id.update(truth, segments_of(truth, None), ids, segments_of(ids, None))
-        return [{"instance": one} for one in logits]
+        return [{task: one} for one in logits]
 
-    task = "depth" if config.target == "depth" else "instance"
     results, kept = evaluate_tasks([task], reconstruct, val, replace(config, min_area=0), device,
                                    **options)
     if task == "depth":

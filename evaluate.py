@@ -23,51 +23,46 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ldmseg import (
-    SAMPLERS, TASKS, PanopticQuality, base_parser, default_weights, evaluate_tasks, headline,
-    image_count, is_main, load_model, open_dataset, predict_dataset, progress, rank_and_world,
-    read_image, read_panoptic, run_script, sampler_of, setup_distributed, tasks_of, write_json,
+    SAMPLERS, CommandLine, PanopticQuality, UserError, evaluate, evaluation_batches, is_main,
+    open_dataset, progress, rank_and_world, read_coco, read_image, reading, run_script,
+    setup_distributed, start_script, summary, whole_number, write_json,
 )  # fmt: skip
 
 
 def parse(argv):
-    parser = base_parser(__doc__)
-    add = parser.add_argument
-    add("--weights", metavar="RUN",
-        help="run folder or weights file (default: runs/ldm if there, else shipped)")
-    add("--data", default="shapes",
-        help="'shapes', a COCO-layout folder or a COCO JSON (default: shapes)")
-    add("--steps", type=int, nargs="+", default=[50],
-        help="sampling steps; several make a table (default: 50)")
-    add("--sampler", choices=SAMPLERS, default="ddim", help="see sample.py (default: ddim)")
-    add("--task", choices=("panoptic", *TASKS),
-        help="what to score (default: all that the weights can do)")
-    add("--min-area", type=int, metavar="PIXELS",
-        help="drop smaller segments (default: the weights' own; stage 1: 0)")
-    add("--gt", metavar="JSON", help="compare files, no model: the truth")
-    add("--pred", metavar="JSON", help="and the predictions")
-    add("--gt-dir", metavar="DIR", help="the truth's PNGs (default: --gt without .json)")
-    add("--pred-dir", metavar="DIR", help="the predictions' PNGs (default: --pred without .json)")
-    add("--allow-missing", action="store_true",
-        help="segments of images without a prediction count as missed")
-    add("--class-agnostic", action="store_true", help="with --gt: all categories are one")
-    add("--per-class", action="store_true",
-        help="a row for each category, with --gt or for the task panoptic")
-    add("--json", metavar="OUT", help="write the result here")
-    return parser.parse_args(argv)
+    parser = CommandLine(
+        __doc__, "--data --images --split --limit --json --weights --task --steps --sampler "
+        "--device --amp --seed --workers",
+        {"--data": dict(default="shapes"), "--steps": dict(nargs="+", default=[50])})
+    parser.add("sampling", "--min-area", "drop smaller segments (default: the weights' own; stage "
+               "1: 0)", type=partial(whole_number, least=0), metavar="PIXELS")
+    parser.add("data", "--gt", "compare files, no model: the truth", metavar="JSON")
+    parser.add("data", "--pred", "and the predictions", metavar="JSON")
+    parser.add("data", "--gt-dir", "the truth's PNGs (default: --gt without .json)", metavar="DIR")
+    parser.add("data", "--pred-dir", "the predictions' PNGs (default: --pred without .json)",
+               metavar="DIR")
+    parser.add("data", "--allow-missing", "segments of images without a prediction count as missed",
+               action="store_true")
+    parser.add("data", "--class-agnostic", "with --gt: all categories are one", action="store_true")
+    parser.add("data", "--per-class", "a row for each category, with --gt or for task panoptic",
+               action="store_true")
+    args = parser.parse_args(argv)
+    if (args.gt is None) != (args.pred is None) or args.gt and args.weights:
+        raise UserError("expected --gt and --pred together, without --weights")
+    if args.images and args.data == "shapes":
+        raise UserError("--images goes with --data")
+    return args
 
 
 class PanopticPairs(Dataset):
-    """The truth and the prediction of each image of two panoptic JSONs -> that image's counts.
-
-    An item is PanopticQuality's (state, odd) of one image. Raises FileNotFoundError or ValueError
-    naming the file, the image, what was found and what was expected.
-    """
+    """The truth and the prediction of each image of two panoptic JSONs -> that image's counts,
+    PanopticQuality's (state, mismatches). FileNotFoundError or UserError names file and image."""
 
     def __init__(self, gt, pred, gt_dir, pred_dir, allow_missing, class_agnostic):
-        truth = read_panoptic(gt)
+        truth = read_coco(gt)
         self.new_metric = partial(PanopticQuality, truth["categories"], class_agnostic)
         self.truth = truth["annotations"]
-        prediction = read_panoptic(pred, truth["categories"], class_agnostic)
+        prediction = read_coco(pred, truth["categories"], class_agnostic)
         self.prediction = {a["image_id"]: a for a in prediction["annotations"]}
         self.folders = [Path(folder or Path(file).with_suffix(""))
                         for file, folder in ((gt, gt_dir), (pred, pred_dir))]
@@ -78,16 +73,11 @@ class PanopticPairs(Dataset):
         images = [a["image_id"] for a in self.truth]
         missing = [i for i in images if i not in self.prediction]
         if missing and not allow_missing:
-            raise ValueError(f"{pred}: no prediction for {len(missing)} of {len(images)} images, "
-                             f"the first is {missing[0]}; --allow-missing counts them as missed")
+            raise UserError(f"{pred}: no prediction for {len(missing)} of {len(images)} images, "
+                            f"the first is {missing[0]}; --allow-missing counts them as missed")
         if extra := sorted(self.prediction.keys() - set(images), key=str):
-            raise ValueError(f"{pred}: predictions for {len(extra)} images that {gt} does not "
-                             f"have, the first is {extra[0]}")
-        names = [{c["id"]: c.get("name") for c in file.get("categories") or ()
-                  if isinstance(c, dict)} for file in (truth, prediction)]  # optional in the second
-        if is_main() and not class_agnostic and names[1] and names[0] != names[1]:
-            print(f"warning: {pred} and {gt} have different categories; compared by their ids",
-                  file=sys.stderr)
+            raise UserError(f"{pred}: predictions for {len(extra)} images that {gt} does not "
+                            f"have, the first is {extra[0]}")
 
     def __len__(self):
         return len(self.truth)
@@ -95,23 +85,18 @@ class PanopticPairs(Dataset):
     def __getitem__(self, index):
         truth, metric = self.truth[index], self.new_metric()
         prediction = self.prediction.get(truth["image_id"])
-        try:
-            path = self.folders[0] / truth["file_name"]
-            gt_rgb = read_image(path)
-            if prediction:
-                path = self.folders[1] / prediction["file_name"]
-                pred_rgb, segments = read_image(path), prediction["segments_info"]
-            else:
-                pred_rgb, segments = np.zeros_like(gt_rgb), []
+        gt_rgb = read_image(path := self.folders[0] / truth["file_name"])
+        pred_rgb, segments = np.zeros_like(gt_rgb), []
+        if prediction:
+            pred_rgb = read_image(path := self.folders[1] / prediction["file_name"])
+            segments = prediction["segments_info"]
+        with reading(f"{path}: image {truth['image_id']}", "pair"):
             metric.update(gt_rgb, truth["segments_info"], pred_rgb, segments)
-        except (FileNotFoundError, ValueError) as error:
-            reason = str(error).removeprefix(f"{path}: ")
-            raise type(error)(f"{path}: image {truth['image_id']}: {reason}") from None
-        return metric.state, metric.odd
+        return metric.state, metric.mismatches
 
 
 def add_up(items):
-    """Sums of (state, odd) over a batch."""
+    """Sums of (state, mismatches) over a batch."""
     return [sum(counts) for counts in zip(*items)]
 
 
@@ -120,23 +105,27 @@ def score_files(args):
     device, _ = setup_distributed("cpu", "off")
     pairs = PanopticPairs(args.gt, args.pred, args.gt_dir, args.pred_dir, args.allow_missing,
                           args.class_agnostic)
-    rank, world = rank_and_world()
-    images = image_count(pairs, args.limit)
+    (rank, world), images = rank_and_world(), min(len(pairs), args.limit or len(pairs))
     # batches are summed where they are made, in an order that no number of workers changes
     loader = DataLoader(Subset(pairs, range(rank, images, world)), 16, num_workers=args.workers,
                         collate_fn=add_up)
     metric = pairs.new_metric()
-    for state, odd in progress(loader, len(loader), "comparing"):
+    for state, mismatches in progress(loader, "comparing"):
         metric.state += state
-        metric.odd += odd
+        metric.mismatches += mismatches
     metric.all_reduce(device)
-    odd = ("segments have another area than their pixels; pixels were counted",
-           "pixels have an id that the JSON does not list; they belong to no segment and are not "
-           "VOID")
-    for count, what in zip(metric.odd.astype(int).tolist(), odd):
-        if count and is_main():
-            print(f"warning: {args.gt}: {count} {what}", file=sys.stderr)
-    return metric.compute(), metric.categories, images
+    areas, unlisted = metric.mismatches.astype(int).tolist()
+    if areas and is_main():
+        print(f"warning: {args.gt}: {areas} segments have another area than their pixels; pixels "
+              "were counted", file=sys.stderr)
+    if unlisted and is_main():
+        print(f"warning: {args.gt}: {unlisted} pixels have an id that the JSON does not list; they "
+              "belong to no segment and are not VOID", file=sys.stderr)
+    if is_main():
+        print(f"{args.pred} against {args.gt}, {images} images"
+              + (", class-agnostic" if args.class_agnostic else ""))
+        print_table(metric.compute(), metric.categories, args.per_class)
+    return metric.compute()
 
 
 def print_table(result, categories, per_class):
@@ -167,65 +156,57 @@ def as_json(results):
 
 def score_weights(args):
     """The sweep over --steps and the autoencoder's own score, printed as a table."""
-    device, autocast = setup_distributed(args.device, args.amp)
-    path = args.weights or default_weights("runs/ldm")
-    model = load_model(path, device)
+    model, device, autocast = start_script(args, scenes=args.data == "shapes")
     config, autoencoder = model.config, getattr(model, "autoencoder", model)
     target = autoencoder.config.target
-    own = "depth" if target == "depth" else "instance"  # the task of the autoencoder alone
-    tasks = list(tasks_of(config, args.task))
+    tasks = [config.task(args.task)] if args.task else list(config.known_tasks)
     dataset = open_dataset(args.data, args.split, args.images, config.size, "val",
                            "depth" in tasks)
     if args.min_area is not None or model is autoencoder:
         config = replace(config, min_area=args.min_area or 0)
-    images, sweep = image_count(dataset, args.limit), []
-    for steps in args.steps if model is not autoencoder else ():
-        model.schedule.timesteps(steps)  # an impossible number of steps stops here
-
-    def reconstruct(batch):
-        return [{own: one} for one in autoencoder.reconstruct(batch[target])]
-
-    def score(name, tasks, logits_of, titles):
-        start = time.time()
-        results, _ = evaluate_tasks(tasks, logits_of, dataset, config, device, limit=args.limit,
-                                    seed=args.seed, workers=args.workers)
-        seconds = (time.time() - start) * rank_and_world()[1] / images
-        numbers = [n for task in tasks for n in headline(task, results[task]).items()]
-        if is_main() and titles:
-            print(" " * 12 + "".join(f"{title:>8}" for title, _ in numbers) + "  s/image (loading,"
-                  f" scoring included; {', '.join(tasks)})")
-        if is_main():
-            print(f"{name:>12}" + "".join(f"{v:8.4f}" for _, v in numbers) + f"{seconds:9.3f}")
-            if args.per_class and "panoptic" in tasks:
-                print_table(results["panoptic"], dataset.categories, True)
-        return as_json(results) | {"seconds_per_image": seconds}
-
+    options = dict(seed=args.seed, workers=args.workers, limit=args.limit)
+    images = min(len(dataset), args.limit or len(dataset))
     if is_main():
-        print(f"{path} on {images} images of {args.data}, mask_threshold {config.mask_threshold}, "
-              f"min_area {config.min_area}; instance is class-agnostic")
-    ceiling = score("autoencoder", [own], reconstruct, titles=True)
+        print(f"{images} images of {args.data}, mask_threshold {config.mask_threshold}, min_area "
+              f"{config.min_area}; instance is class-agnostic; seconds include loading and scoring")
+
+    # the truth, encoded and decoded
+    own_task = "depth" if target == "depth" else "instance"
+    results, _ = evaluate(lambda batch: {own_task: autoencoder.reconstruct(batch[target])},
+                          [own_task], dataset, config, device, **options)
+    ceiling, sweep = as_json(results), []
+    print_row("autoencoder", results, None, titles=True)
     for steps in args.steps if model is not autoencoder else ():
-        sample = sampler_of(model, tasks, steps, SAMPLERS[args.sampler], autocast)
-        if not sweep:  # the first call is slow
-            list(predict_dataset(sample, dataset, config, device, limit=1))
-        titles = tasks != [own] and not sweep
-        sweep.append(score(f"{steps} steps", tasks, sample, titles) | {"steps": steps})
+        predict = partial(model.sample_tasks, tasks=tasks, steps=steps, eta=SAMPLERS[args.sampler])
+        with autocast():
+            if not sweep:  # the first call is slow
+                for _, batch in evaluation_batches(dataset, config, device, limit=1):
+                    predict(batch)
+            start = time.time()
+            results, _ = evaluate(predict, tasks, dataset, config, device, **options)
+        seconds = (time.time() - start) * rank_and_world()[1] / images
+        print_row(f"{steps} steps", results, seconds, titles=not sweep and tasks != [own_task])
+        if args.per_class and "panoptic" in tasks and is_main():
+            print_table(results["panoptic"], dataset.categories, True)
+        sweep.append(as_json(results) | {"steps": steps, "seconds_per_image": seconds})
     result = {"sweep": sweep} if len(sweep) > 1 else (sweep or [ceiling])[0]
     return result | {"autoencoder": ceiling.get("All", ceiling)}
 
 
+def print_row(name, results, seconds, titles):
+    """The numbers of tasks in one line, below their titles."""
+    numbers = [number for task in results for number in summary(task, results[task]).items()]
+    if is_main() and titles:
+        print(" " * 12 + "".join(f"{title:>8}" for title, _ in numbers)
+              + f"  s/image   ({', '.join(results)})")
+    if is_main():
+        print(f"{name:>12}" + "".join(f"{value:8.4f}" for _, value in numbers)
+              + (f"{seconds:9.3f}" if seconds else ""))
+
+
 def main(argv=None):
     args = parse(argv)
-    if (args.gt is None) != (args.pred is None) or args.gt and args.weights:
-        raise ValueError("expected --gt and --pred together, without --weights")
-    if args.gt:
-        result, categories, images = score_files(args)
-        if is_main():
-            print(f"{args.pred} against {args.gt}, {images} images"
-                  + ", class-agnostic" * args.class_agnostic)
-            print_table(result, categories, args.per_class)
-    else:
-        result = score_weights(args)
+    result = score_files(args) if args.gt else score_weights(args)
     if args.json and is_main():
         write_json(args.json, result)
 

@@ -9,18 +9,48 @@ The same command again resumes. Leaves model.safetensors, config.json, log.jsonl
 a picture per evaluation (mask | reconstruction) in the run folder.
 """
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, candidate_coords, colorize,
-    colorize_depth, depth_loss, distribute, evaluate_tasks, is_main, learning_rate, log_line,
-    make_ema, make_optimizer, postprocess, progress, resume_run, run_script, save_grid, save_run,
-    seeded_noise, segments_of, setup_distributed, tasks_of, training_config, training_data,
-    training_loader, training_parser,
+    DIVERGED, MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, any_rank,
+    distribute, evaluate, gaussian_latents, global_mean_count, is_main, learning_rate, log_line,
+    make_ema, make_optimizer, open_training_data, picture, postprocess, random_generator, require,
+    resume_run, run_script, save_grid, save_run, segments_of, setup_distributed, training_command,
+    training_config, training_loader, training_steps,
 )  # fmt: skip
+
+
+def candidate_coords(generators, points, device):
+    """Random places (B, M, 2) in [-1, 1] where `ae_loss` looks: more than it chooses, so that
+    three quarters of its `points` are the most uncertain of three times as many."""
+    M = 3 * points + points - int(0.75 * points)
+    coords = np.stack([generator.random((M, 2), np.float32) for generator in generators])
+    return torch.from_numpy(coords).to(device) * 2 - 1
+
+
+def noise_and_coords(positions, config, seed, device):
+    """What is random for samples at these positions of the stream: eps (B, 4, h, w), which only
+    Gaussian latents use, and the candidate places of `ae_loss`."""
+    positions = positions.tolist()
+    noise = [random_generator(seed, "noise", p) for p in positions]
+    points = [random_generator(seed, "points", p) for p in positions]
+    eps = gaussian_latents(noise, config, device)
+    return eps, candidate_coords(points, config.points, device)
+
+
+def depth_loss(output, depth):
+    """Mean absolute error over valid pixels of a decoded depth (B, 1, H/2, W/2), upsampled by 2,
+    from depth (B, H, W), NaN = invalid (Supp. A)."""
+    valid = depth.isfinite()
+    output = F.interpolate(output.float(), depth.shape[1:], mode="bilinear")[:, 0]
+    error = (output - depth.nan_to_num(0)).abs() * valid
+    return error.sum() / global_mean_count(valid.sum())
 
 
 @torch.no_grad()
@@ -31,78 +61,78 @@ def latent_std(autoencoder, stream, device, count=128):
         targets = [stream[i][autoencoder.config.target] for i in range(first, first + 16)]
         targets = torch.stack(targets).to(device)
         latents.append(autoencoder.encode(autoencoder.code(targets)))
-    return torch.cat(latents).std().item()
+    std = torch.cat(latents).std().item()
+    require(math.isfinite(std), f"weights are not finite, nor are latents: {DIVERGED}")
+    return std
 
 
-def evaluate(autoencoder, val, config, device, args):
+def score(autoencoder, val, config, device, args):
     """Reconstruction PQ (no area filter) and mIoU (Table S1), and rows of pictures.
 
     mIoU is over the N - 1 random ids that the autoencoder was given, at its own resolution. Of a
     depth autoencoder: the depth metrics.
     """
-    task = tasks_of(config)[0]
-    options = dict(limit=args.limit or 200, workers=args.workers, seed=args.seed, pictures=8)
+    task = config.task()
     by_id = PanopticQuality([{"id": i, "isthing": 1} for i in range(1, config.num_ids)])
+    own_id = {id: id for id in range(config.num_ids)}
 
     def reconstruct(batch):
         logits = autoencoder.reconstruct(batch[config.target])
         for truth, one in zip(batch["ids"].cpu().numpy(), logits) if task == "instance" else ():
             ids = postprocess(one, truth.shape, 0, 0).cpu().numpy()
-            by_id.update(truth, segments_of(truth, None), ids, segments_of(ids, None))
-        return [{task: one} for one in logits]
+            by_id.update(truth, segments_of(truth, own_id), ids, segments_of(ids, own_id))
+        return {task: logits}
 
-    results, kept = evaluate_tasks([task], reconstruct, val, replace(config, min_area=0), device,
-                                   **options)
+    results, shown = evaluate(reconstruct, [task], val, replace(config, min_area=0), device, 8,
+                              limit=args.limit or 200, workers=args.workers, seed=args.seed)
+    name = "depth" if task == "depth" else "ids"
+    rows = [[picture(record[name], task), picture(drawn[task], task, record["ids"])]
+            for record, drawn in shown]
     if task == "depth":
-        return results[task], [[colorize_depth(m) for m in (record[task], drawn[task])]
-                               for record, drawn in kept]
+        return results[task], rows
     by_id.all_reduce(device)
-    rows = [[colorize(record["ids"]), colorize(drawn[task])] for record, drawn in kept]
     pq, sq, rq = (results[task]["All"][name] for name in ("pq", "sq", "rq"))
-    return dict(reconstruction_pq=pq, sq=sq, rq=rq, miou=by_id.compute()["miou"]), rows
+    return dict(pq=pq, sq=sq, rq=rq, miou=by_id.compute()["miou"]), rows
 
 
 def parse(argv):
-    parser = training_parser(__doc__, "ae")
-    parser.add_argument("--target", choices=("ids", "depth"), default="ids",
-                        help="what to compress (default: ids; depth goes to runs/ae_depth)")
+    parser = training_command(__doc__, "ae")
+    parser.add("model", "--target", "what to compress; depth goes to runs/ae_depth", default="ids",
+               choices=("ids", "depth"))
     args = parser.parse_args(argv)
     if args.target == "depth" and args.out == parser.get_default("out"):
         args.out += "_depth"
-    return args, replace(training_config(args, "ae"), target=args.target)
+    return args, training_config(args, "ae", target=args.target)
 
 
 def main(argv=None):
     args, config = parse(argv)
     device, autocast = setup_distributed(args.device, args.amp)
-    train, val, _ = training_data(args, config)
+    train, val, _ = open_training_data(args, config)
     stream = TrainingStream(train, config, args.seed)
 
     torch.manual_seed(args.seed)
     model = MaskAutoencoder(config).to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, config.ae_lr, config)
-    ema = make_ema(model, config.ema)
+    optimizer, ema = make_optimizer(model, config.ae_lr, config), make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    (start, settings), steps = resume_run(args, config, state), config.ae_steps
+    steps = config.ae_steps
+    start, settings = resume_run(args, config, state, steps, device)
     if start >= steps:
-        return is_main() and print(f"finished at step {start}; --fresh starts over")
+        return
     loader = training_loader(stream, config.ae_batch, args.accumulate, start, steps, args.workers)
-
     net, meter, batches = distribute(model), Meter(), iter(loader)
-    gaussian = config.latents == "gaussian"
-    for step in progress(range(start, steps), steps, "stage 1", start):
+    for step, interrupts in training_steps(start, steps, "stage 1"):
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
             target = batch[config.target].to(device, non_blocking=True)
-            eps = seeded_noise(batch["seed"], config, device) if gaussian else None
-            with autocast():
+            eps, coords = noise_and_coords(batch["position"], config, args.seed, device)
+            with autocast():  # Eq. 2
                 logits, kl = net(target, eps)  # (B, N, H/2, W/2)
                 if config.target == "depth":
                     loss, parts = depth_loss(logits, target), {}
                 else:
-                    coords = candidate_coords(batch["seed"], config.points, device)
                     loss, parts = ae_loss(logits, target, coords, config.points)
                 loss = loss + config.kl_weight * kl
             scaler.scale(loss / args.accumulate).backward()
@@ -117,20 +147,23 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         ema.update_parameters(model)
 
-        done = step + 1
+        done, stopping = step + 1, any_rank(interrupts, device)
         evaluating = done % args.eval_every == 0 or done == steps
         if done % 50 == 0 or evaluating:
             log_line(args.out, step=done, lr=lr, **meter.means())
             meter = Meter()
-        if evaluating:
+        if evaluating or stopping:
             averaged = ema.module.eval()
-            scores, rows = evaluate(averaged, val, config, device, args)
             std = latent_std(averaged, stream, device)
+            scaled = replace(config, mask_scale=config.mask_scale or config.mask_std / std)
+            save_run(args.out, done, averaged, scaled, settings, state)
+        if stopping:
+            raise KeyboardInterrupt(f"at step {done}, saved in {args.out}: same command goes on")
+        if evaluating:
+            scores, rows = score(averaged, val, config, device, args)
             log_line(args.out, step=done, **scores, latent_std=std)
             if is_main():
                 save_grid(f"{args.out}/step{done:06d}.png", ["truth", "reconstruction"], rows)
-            measured = replace(config, mask_scale=config.mask_scale or config.mask_std / std)
-            save_run(args.out, done, averaged, measured, settings, state)
             meter = Meter()  # its clock starts again
 
 

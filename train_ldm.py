@@ -11,55 +11,163 @@ a picture per evaluation (image | truth | autoencoder alone | prediction) in the
 """
 
 import json
-import random
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    NETWORK, TASKS, LDMSeg, Meter, NoiseSchedule, TrainingStream, colorize,
-    colorize_depth, default_weights, distribute, evaluate_tasks, headline, is_main, learning_rate,
-    load_model, load_sd_unet, log_line, make_ema, make_optimizer, override, pretrained_encoder,
-    progress, resume_run, run_script, sampler_of, save_grid, save_run, seeded_noise,
-    setup_distributed, stable_seed, start_from, tasks_of, training_config, training_data,
-    training_loader, training_parser,
+    IMAGE_ENCODERS, SD_VAE, SHIPPED, TASKS, LDMSeg, Meter, NoiseSchedule, TrainingStream, UserError,
+    any_rank, distribute, evaluate, gaussian_latents, is_main, learning_rate, load_model, log_line,
+    make_ema, make_optimizer, open_training_data, picture, random_generator, require, resume_run,
+    run_script, save_grid, save_run, setup_distributed, summary, training_command, training_config,
+    training_loader, training_steps,
 )  # fmt: skip
+
+NETWORK = (  # what two runs must share for one to start from the other
+    "prediction", "bits", "codes", "latents", "ae_widths", "task_width", "image_encoder",
+    "image_scale", "stem_widths", "unet_widths", "unet_attention", "unet_layers", "unet_heads")
 
 
 def parse(argv):
-    parser = training_parser(__doc__, "ldm")
-    add = parser.add_argument
-    add("--ae", nargs="+", metavar="RUN",
-        help="stage 1's run, or the authors' ae.pt (default: runs/ae if there, else shipped);\n"
-             "for the task depth another after it (default: runs/ae_depth)")
-    add("--tasks", nargs="+", choices=TASKS, default=[],
-        help="tasks to learn, told apart by an embedding (default: instance alone, without one)")
-    add("--sd", metavar="DIR_OR_ID",
-        help="start from Stable Diffusion v1 (folder or hub id), a run of this script (the same\n"
-             "network, any tasks), or none: random weights\n"
-             "(default: CompVis/stable-diffusion-v1-4 with --preset paper, else none)")
-    add("--image-encoder", choices=("patch", "sd", "dinov2"),
-        help="patch: a small stem, trained; sd, dinov2: pretrained, frozen (default: paper sd,\n"
-             "else patch); dinov2 is read from --set dinov2=DIR_OR_ID")
+    parser = training_command(__doc__, "ldm")
+    add = partial(parser.add, "model")
+    add("--ae", "stage 1's run, for task depth another, or the authors' ae.pt (default: runs/ae if "
+        "there, else shipped; runs/ae_depth)", nargs="+", metavar="RUN")
+    add("--tasks", "to learn, told apart by an embedding (default: instance, without one)",
+        nargs="+", choices=TASKS, default=[])
+    add("--sd", "start from Stable Diffusion v1 (folder or hub id), a run of this script (the same "
+        "network, any tasks), or none: random weights (default: preset paper "
+        "CompVis/stable-diffusion-v1-4, else none)", metavar="RUN_OR_ID")
+    add("--image-encoder", "patch: a small stem, trained; pretrained and frozen: sd; dinov2, of "
+        "--set dinov2 (default: preset paper sd, else patch)", choices=IMAGE_ENCODERS)
     args = parser.parse_args(argv)
     args.sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
     return args
 
 
+# ---- where training starts ----
+
+
+def inherit_autoencoders(args):
+    """The trained autoencoders of --ae, of ids and with that task of depth, and the Config with
+    their codes, shape and scales."""
+    changes = {"tasks": tuple(args.tasks)}
+    if args.image_encoder:
+        changes |= {"image_encoder": args.image_encoder, "image_scale": 0.0}  # 0: its own
+    config = training_config(args, "ldm", **changes)
+    paths = args.ae or ["runs/ae" if Path("runs/ae/model.safetensors").exists() else SHIPPED]
+    if config.needs_depth and len(paths) == 1:
+        paths = [*paths, "runs/ae_depth"]
+    shown, count = " ".join(map(str, paths)), 1 + config.needs_depth
+    require(len(paths) == count,
+            f"--ae {shown}: expected {count} of them with --tasks {' '.join(args.tasks)}")
+    if is_main():
+        print(f"autoencoder: {shown}")
+    models = []
+    for path, target, scale in zip(paths, ("ids", "depth"), ("mask_scale", "depth_scale")):
+        model = load_model(path)
+        models.append(getattr(model, "autoencoder", model))  # of either stage
+        theirs = models[-1].config
+        if target == "ids":
+            names = ("codes", "bits", "ae_widths", "latents")
+            config = replace(config, **{name: getattr(theirs, name) for name in names})
+        measured = theirs.mask_scale * config.mask_std / theirs.mask_std
+        config = replace(config, **{scale: getattr(config, scale) or measured})
+        expected = {"target": target, "size": config.size, "ae_widths": config.ae_widths}
+        for name, ours in expected.items():
+            require(getattr(theirs, name) == ours, f"--ae {path}: its {name} is "
+                    f"{getattr(theirs, name)}, expected {ours}; train stage 1 with the same --set")
+    return models, config
+
+
+def from_pretrained(kind, path, subfolder=""):
+    """A diffusers or transformers model of class `kind` from a folder or the hub."""
+    file = Path(path, subfolder, "config.json")
+    if (Path(path).exists() or Path(path).is_absolute()) and not file.exists():
+        raise FileNotFoundError(f"{file}: no such file, expected a pretrained {kind.__name__}")
+    try:
+        model, info = kind.from_pretrained(path, subfolder=subfolder, output_loading_info=True,
+                                           low_cpu_mem_usage=False)  # quiet without accelerate
+    except Exception as error:  # whatever these libraries raise
+        raise UserError(f"{path}: no {kind.__name__} could be loaded from this folder or hub id "
+                        f"({' '.join(str(error).split())[:200]})") from None
+    if missing := set(info["missing_keys"]) - {"embeddings.mask_token"}:
+        raise UserError(f"{path}: lacks {len(missing)} weights, the first {min(missing)}")
+    return model
+
+
+def load_sd_unet(unet, path):
+    """Copy the weights of a Stable Diffusion v1 folder or hub id into a UNet of `build_unet`. The
+    kernel of `conv_in` goes to z_t; all other input channels start at zero, so that at first the
+    output is that of Stable Diffusion's UNet without cross-attention, whatever the image."""
+    from diffusers import UNet2DConditionModel
+
+    pretrained = from_pretrained(UNet2DConditionModel, path, "unet")
+    expected = dict(unet.config) | {"in_channels": unet.config.out_channels}
+    for name in sorted(expected.keys() - {"sample_size", "cross_attention_dim"}):
+        theirs, ours = pretrained.config.get(name), expected[name]
+        # read from JSON, theirs may be a list or null where ours is a tuple or False
+        require(name[0] == "_" or np.array_equal(theirs or 0, ours or 0),
+                f"{path}: its UNet has {name} {theirs}, expected {ours}; the paper's preset fits "
+                "Stable Diffusion v1, not v2 or XL")
+    tensors = pretrained.state_dict()
+    others = unet.config.in_channels - pretrained.config.in_channels
+    tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, others))
+    unet.load_state_dict({name: tensors[name] for name in unet.state_dict()})
+
+
+def pretrained_encoder(config, sd):
+    """The weights of a frozen image encoder, and `config` with its architecture. sd: Stable
+    Diffusion's folder or hub id, or "none": its architecture with random weights."""
+    if config.image_encoder == "dinov2":
+        from transformers import Dinov2Model, logging
+
+        logging.disable_progress_bar()
+        model = from_pretrained(Dinov2Model, config.dinov2)
+        patch = model.config.patch_size
+        require(patch == 14, f"{config.dinov2}: patches of {patch} pixels, expected 14")
+        return model.state_dict(), replace(config, encoder_json=model.config.to_json_string())
+    if sd == "none":
+        return None, replace(config, encoder_json=json.dumps(SD_VAE))
+    from diffusers import AutoencoderKL
+
+    vae = from_pretrained(AutoencoderKL, sd, "vae")
+    shape = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    weights = nn.Sequential(vae.encoder, vae.quant_conv).state_dict()
+    return weights, replace(config, encoder_json=json.dumps(shape))
+
+
+def start_from(run, model):
+    """Copy a run's image encoder, UNet, and embeddings of the tasks it knows. New cross-attention
+    adds nothing at first: the output is the run's."""
+    theirs, ours = run.state_dict(), model.state_dict()
+    for name, tensor in ours.items():
+        if name in theirs and not name.startswith("task_embedding"):
+            tensor.copy_(theirs[name])
+        elif "attn2.to_out" in name:
+            tensor.zero_()
+    for row, task in enumerate(model.config.tasks):
+        if task in run.config.tasks:
+            place = run.config.tasks.index(task)
+            ours["task_embedding.weight"][row] = theirs["task_embedding.weight"][place]
+
+
 def build_model(config, autoencoders, sd):
-    """LDMSeg with the trained autoencoders, and the weights that `sd` names. Raises ValueError
-    naming the field where that is a run of another network."""
+    """LDMSeg with the trained autoencoders, and the weights that `sd` names."""
     run = encoder_weights = None
     if Path(sd, "model.safetensors").exists() or sd.endswith(".safetensors"):
         run = load_model(sd, kind=LDMSeg)
         for name in NETWORK:
             theirs, ours = getattr(run.config, name), getattr(config, name)
-            if theirs != ours:
-                raise ValueError(f"--sd {sd}: its {name} is {theirs}, expected {ours}; use the "
-                                 "same flags and --set")
+            require(theirs == ours, f"--sd {sd}: its {name} is {theirs}, expected {ours}; use the "
+                                    "same flags and --set")
         config = replace(config, encoder_json=run.config.encoder_json)
     elif config.image_encoder != "patch":
         encoder_weights, config = pretrained_encoder(config, sd)
@@ -71,12 +179,16 @@ def build_model(config, autoencoders, sd):
     elif sd != "none":
         load_sd_unet(model.unet, sd)
     elif is_main() and (config.preset == "paper" or config.image_encoder == "sd"):
-        print("--sd none: the UNet starts from RANDOM weights"
-              + ", the frozen image encoder STAYS random" * (config.image_encoder == "sd"))
+        frozen = ", the frozen image encoder STAYS random" if config.image_encoder == "sd" else ""
+        print(f"--sd none: the UNet starts from RANDOM weights{frozen}")
     if sd != "none":
         model.unet.time_embedding.requires_grad_(not config.freeze_time)
     for name, autoencoder in zip(("autoencoder", "depth_autoencoder"), autoencoders):
         getattr(model, name).load_state_dict(autoencoder.state_dict())
+    if config.checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if config.compile:
+        model.unet.compile()
     return model
 
 
@@ -88,69 +200,35 @@ def origin(autoencoders, sd):
             "--sd": "none" if sd == "none" else "pretrained"}
 
 
-def wrap(model, config):
-    """The model as the loop calls it: recomputing, compiled, distributed, where asked for."""
-    if config.checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    if config.compile:
-        model.unet.compile()
-    return distribute(model)
+# ---- training ----
 
 
-def timesteps_of(seeds):
-    """Uniform timesteps int64 (B,) in [0, T - 1], each from its sample's seed."""
-    return torch.tensor([stable_seed("timestep", int(s)) * NoiseSchedule.T >> 32 for s in seeds])
+def noise_and_timesteps(positions, config, seed, device):
+    """eps (B, 4, h, w) and t int64 (B,) of samples at these positions of the stream."""
+    positions = positions.tolist()
+    noise = [random_generator(seed, "noise", p) for p in positions]
+    t = [random_generator(seed, "timestep", p).integers(NoiseSchedule.T) for p in positions]
+    return gaussian_latents(noise, config, device), torch.tensor(t, device=device)
 
 
-def inherit_autoencoders(args):
-    """The trained autoencoders of --ae, of ids and with that task of depth, and the Config with
-    their codes, shape and scales. Raises ValueError where sizes differ or --set asks for others.
-    """
-    config = replace(training_config(args, "ldm"), tasks=tuple(args.tasks))
-    paths = args.ae or [default_weights("runs/ae")]
-    paths = [*paths, *["runs/ae_depth"] * (config.needs_depth and len(paths) == 1)]
-    if len(paths) != 1 + config.needs_depth:
-        raise ValueError(f"--ae {' '.join(map(str, paths))}: expected {1 + config.needs_depth} of "
-                         f"them with --tasks {' '.join(args.tasks)}")
-    names, models = ("codes", "bits", "ae_widths", "latent_channels", "latents"), []
-    for path, target, scale in zip(paths, ("ids", "depth"), ("mask_scale", "depth_scale")):
-        model = load_model(path)
-        models.append(getattr(model, "autoencoder", model))  # of either stage
-        theirs = models[-1].config
-        inherited = {n: getattr(theirs, n) for n in names if target == "ids"}
-        measured = theirs.mask_scale * config.mask_std / theirs.mask_std
-        inherited |= {scale: getattr(config, scale) or measured}
-        config = override(replace(config, **inherited), args.set)
-        for name in ("target", "size", *names[2 * (target == "depth") :]):
-            expected = getattr(replace(config, target=target), name)
-            if getattr(theirs, name) != expected:
-                raise ValueError(f"--ae {path}: its {name} is {getattr(theirs, name)}, expected "
-                                 f"{expected}; train stage 1 with the same --set")
-    if args.image_encoder:  # with its own scale, unless --set says another
-        scale = [assignment for assignment in args.set if assignment.startswith("image_scale=")]
-        config = replace(config, image_encoder=args.image_encoder, image_scale=0.0)
-        config = override(config, scale)
-    return models, config
-
-
-def evaluate(model, val, config, device, autocast, args):
+def score(model, val, config, device, autocast, args):
     """Scores of samples, and rows of pictures: image | truth | autoencoder alone | predictions."""
-    options = dict(limit=args.limit or 50, workers=args.workers, seed=args.seed, pictures=6)
-
-    def reconstruct(batch):
-        return [{"instance": one} for one in model.decode(model.encode_mask(batch["ids"]))]
-
-    tasks = tasks_of(config)
-    sample = sampler_of(model, tasks, config.eval_steps, 0.0, autocast)
-    ceiling, kept = evaluate_tasks(["instance"], reconstruct, val, config, device, **options)
-    scores = {"autoencoder_pq": ceiling["instance"]["All"]["pq"]}
-    rows = [[r["image"], colorize(r["ids"]), colorize(drawn["instance"])] for r, drawn in kept]
-    results, kept = evaluate_tasks(tasks, sample, val, config, device, **options)
+    run = partial(evaluate, dataset=val, config=config, device=device, pictures=6,
+                  limit=args.limit or 50, workers=args.workers, seed=args.seed)
+    ceiling, alone = run(lambda batch: {"instance": model.autoencoder.reconstruct(batch["ids"])},
+                         ["instance"])
+    with autocast():
+        tasks = config.known_tasks
+        predict = partial(model.sample_tasks, tasks=tasks, steps=config.eval_steps)
+        results, shown = run(predict, tasks)
+    rows, scores = [], {"autoencoder_pq": ceiling["instance"]["All"]["pq"]}
+    for (record, reconstruction), (_, drawn) in zip(alone, shown):
+        image, ids = record["image"], record["ids"]
+        maps = [*reconstruction.items(), *drawn.items()]
+        rows.append([image, picture(ids, "instance"), *(picture(one, t, ids) for t, one in maps)])
     for task, result in results.items():
         prefix = "" if task == "instance" else f"{task}_"
-        scores |= {prefix + name.lower(): v for name, v in headline(task, result).items()}
-        for row, (_, drawn) in zip(rows, kept):
-            row.append((colorize_depth if task == "depth" else colorize)(drawn[task]))
+        scores |= {prefix + name.lower(): v for name, v in summary(task, result).items()}
     return scores, rows
 
 
@@ -158,37 +236,35 @@ def main(argv=None):
     args = parse(argv)
     device, autocast = setup_distributed(args.device, args.amp)
     autoencoders, config = inherit_autoencoders(args)
-    train, val, categories = training_data(args, config)
+    train, val, categories = open_training_data(args, config)
     if "semantic" in config.tasks:
         config = replace(config, categories=json.dumps(categories))
     stream = TrainingStream(train, config, args.seed)
 
     torch.manual_seed(args.seed)
     model = build_model(config, autoencoders, args.sd).to(device, memory_format=torch.channels_last)
-    config = model.config
-    optimizer = make_optimizer(model, config.ldm_lr, config)
-    ema = make_ema(model, config.ema)
+    config, steps = model.config, model.config.ldm_steps
+    optimizer, ema = make_optimizer(model, config.ldm_lr, config), make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    start, settings = resume_run(args, config, state, **origin(autoencoders, args.sd))
-    steps = config.ldm_steps
+    others = origin(autoencoders, args.sd)
+    start, settings = resume_run(args, config, state, steps, device, **others)
     if start >= steps:
-        return is_main() and print(f"finished at step {start}; --fresh starts over")
+        return
     loader = training_loader(stream, config.ldm_batch, args.accumulate, start, steps, args.workers)
-    net, meter, batches = wrap(model, config), Meter(), iter(loader)
-    for step in progress(range(start, steps), steps, "stage 2", start):
+    net, meter, batches = distribute(model), Meter(), iter(loader)
+    for step, interrupts in training_steps(start, steps, "stage 2"):
         # one coin per optimizer step, the same on all ranks
-        coin = random.Random(stable_seed(args.seed, "coin", step)).random()
+        coin = random_generator(args.seed, "self-condition", step).random() < config.self_condition
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
-            seeds = batch.pop("seed")
+            eps, t = noise_and_timesteps(batch.pop("position"), config, args.seed, device)
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            eps, t = seeded_noise(seeds, config, device), timesteps_of(seeds).to(device)
             with autocast():  # Eq. 4
-                loss = net(eps=eps, t=t, self_condition=coin < config.self_condition, **batch)
+                loss, error = net(eps=eps, t=t, self_condition=coin, **batch)
             scaler.scale(loss / args.accumulate).backward()
-            meter.add(len(seeds), loss=loss)
+            meter.add(len(t), loss=loss, error=error)
         lr = learning_rate(step, steps, config.ldm_lr, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -199,19 +275,22 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         ema.update_parameters(model)
 
-        done = step + 1
+        done, stopping = step + 1, any_rank(interrupts, device)
         evaluating = done % args.eval_every == 0 or done == steps
         if done % 50 == 0 or evaluating:
             log_line(args.out, step=done, lr=lr, **meter.means())
             meter = Meter()
+        averaged = ema.module.eval()
+        if evaluating or stopping:
+            save_run(args.out, done, averaged, config, settings, state)
+        if stopping:
+            raise KeyboardInterrupt(f"at step {done}, saved in {args.out}: same command goes on")
         if evaluating:
-            averaged = ema.module.eval()
-            scores, rows = evaluate(averaged, val, config, device, autocast, args)
+            scores, rows = score(averaged, val, config, device, autocast, args)
             log_line(args.out, step=done, **scores, sampling_steps=config.eval_steps)
             if is_main():
                 save_grid(f"{args.out}/step{done:06d}.png",
-                          ["image", "truth", "autoencoder alone", *tasks_of(config)], rows)
-            save_run(args.out, done, averaged, config, settings, state)
+                          ["image", "truth", "autoencoder alone", *config.known_tasks], rows)
             meter = Meter()  # its clock starts again
 
 

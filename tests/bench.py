@@ -9,7 +9,6 @@ device  the paper's model in bf16 on a GPU (without one: tiny, a rehearsal): ima
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,15 +24,16 @@ sys.path.insert(0, str(REPO))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
 from scipy import ndimage  # noqa: E402
-from torch import nn  # noqa: E402
 from torchvision.io import decode_png, read_file  # noqa: E402
 
 from ldmseg import (  # noqa: E402
-    PRESETS, SD_VAE, LDMSeg, MaskAutoencoder, PanopticQuality, ShapeScenes, ae_loss,
-    candidate_coords, id2rgb, make_optimizer, read_image, seeded_noise, segments_of,
+    PRESETS, SD_VAE, LDMSeg, MaskAutoencoder, PanopticQuality, ShapeScenes, ae_loss, id2rgb,
+    make_optimizer, read_image, segments_of, write_json, write_png,
 )  # fmt: skip
+from train_ae import candidate_coords  # noqa: E402
+
+CATEGORIES = [{"id": 1, "name": "segment", "isthing": 1}]
 
 
 def scenes():
@@ -53,7 +53,7 @@ def milliseconds(functions, rounds=7):
             start = time.perf_counter()
             function()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: np.median(values) for name, values in times.items()}
 
 
 def wavy_regions(rng, height=480, width=640, segments=12):
@@ -69,64 +69,34 @@ def wavy_regions(rng, height=480, width=640, segments=12):
 
 def write_pairs(folder, unique, repeats):
     """`unique` pairs of maps as COCO panoptic files, each used by `repeats` image ids."""
-    rng, categories = np.random.default_rng(0), [{"id": 1, "name": "a", "isthing": 1}]
-    maps = {}
+    rng, maps = np.random.default_rng(0), {}
     for name in ("gt", "pred"):
-        (folder / name).mkdir()
         maps[name], annotations = [wavy_regions(rng) for _ in range(unique)], []
         for i, ids in enumerate(maps[name]):
-            Image.fromarray(id2rgb(ids)).save(folder / name / f"{i}.png")
-            segments = [{"id": int(id), "category_id": 1, "iscrowd": 0, "area": int(area)}
-                        for id, area in zip(*np.unique(ids, return_counts=True)) if id]
+            write_png(folder / name / f"{i}.png", id2rgb(ids))
             annotations += [{"image_id": i * repeats + j, "file_name": f"{i}.png",
-                             "segments_info": segments} for j in range(repeats)]
-        content = {"images": [], "annotations": annotations, "categories": categories}
-        (folder / f"{name}.json").write_text(json.dumps(content))
+                             "segments_info": segments_of(ids)} for j in range(repeats)]
+        write_json(folder / f"{name}.json", {"annotations": annotations, "categories": CATEGORIES})
     return list(zip(maps["gt"], maps["pred"]))
 
 
-def pq():
-    with tempfile.TemporaryDirectory() as folder:
-        _pq_update(Path(folder, "few"))
-        _pq_command(Path(folder, "many"))
-
-
-def _pq_update(folder):
+def pq_update(folder):
     """One process: `update` on arrays and from files against its parts and against hotcoco."""
-    folder.mkdir()
     pairs = write_pairs(folder, unique=20, repeats=1)
     images = [(gt, segments_of(gt), pred, segments_of(pred)) for gt, pred in pairs]
-    metric = PanopticQuality([{"id": 1, "isthing": 1}])
+    metric = PanopticQuality(CATEGORIES)
     files = [[str(folder / name / f"{i}.png") for name in ("gt", "pred")] for i in range(20)]
-
-    def histogram():
-        for gt, _, pred, _ in images:
-            columns, column = np.unique(pred, return_inverse=True)
-            rows, row = np.unique(gt, return_inverse=True)
-            np.bincount((row * len(columns) + column).ravel())
-
-    def histogram_of_small_ids():
-        for gt, pred in small:
-            np.bincount((gt * 16 + pred).ravel())
-
-    def update():
-        for image in images:
-            metric.update(*image)
-
-    def update_from_files():
-        for (gt, pred), (_, gt_segments, _, pred_segments) in zip(files, images):
-            metric.update(read_image(gt), gt_segments, read_image(pred), pred_segments)
-
     small = [[np.unique(ids, return_inverse=True)[1].reshape(ids.shape) for ids in pair]
-             for pair in pairs]
+             for pair in pairs]  # fmt: skip
     functions = {
-        "joint histogram (np.unique, np.bincount)": histogram,
-        "np.bincount over gt * 16 + pred, ids given as 0..12": histogram_of_small_ids,
-        "decoding, torchvision": lambda: [decode_png(read_file(f)) for pair in files for f in pair],
-        "decoding, Pillow": lambda: [Image.open(f).load() for pair in files for f in pair],
-        "update on arrays": update,
-        "update from PNG files": update_from_files,
-    }
+        "np.bincount over gt * 16 + pred, ids given as 0..12":
+            lambda: [np.bincount((gt * 16 + pred).ravel()) for gt, pred in small],
+        "decoding the files": lambda: [decode_png(read_file(f)) for pair in files for f in pair],
+        "update on arrays": lambda: [metric.update(*image) for image in images],
+        "update from PNG files": lambda: [
+            metric.update(read_image(gt), image[1], read_image(pred), image[3])
+            for (gt, pred), image in zip(files, images)],
+    }  # fmt: skip
     try:
         from hotcoco import panoptic
 
@@ -137,155 +107,123 @@ def _pq_update(folder):
     times = {name: value / len(pairs) for name, value in milliseconds(functions).items()}
     for name, value in times.items():
         print(f"{name:>52}: {value:6.2f} ms a pair")
-    (unique, bincount, torchvision, pillow, arrays, png), rest = list(times.values())[:6], times
-    print(f"update on arrays / histogram: {arrays / unique:.2f}, / bare bincount: "
-          f"{arrays / bincount:.2f}")
-    print(f"from files / decoding: torchvision {png / torchvision:.2f}, Pillow {png / pillow:.2f}")
-    if "hotcoco from the same files" in rest:
-        hotcoco = rest["hotcoco from the same files"]
-        print(f"from files / hotcoco: {png / hotcoco:.2f}, on arrays / hotcoco from files: "
-              f"{arrays / hotcoco:.2f}")
+    bincount, decoding, arrays, files, *hotcoco = times.values()
+    print(f"on arrays / bincount: {arrays / bincount:.2f}")
+    for name, other in zip(("decoding", "hotcoco"), (decoding, *hotcoco)):
+        print(f"from files / {name}: {files / other:.2f}")
 
 
-def _pq_command(folder):
+def pq_command(folder):
     """The whole command on 500 and 5,000 pairs: peak memory; 5,000 pairs: one and two workers."""
-    folder.mkdir()
     write_pairs(folder, unique=50, repeats=100)
-    arguments = ["--gt", str(folder / "gt.json"), "--pred", str(folder / "pred.json")]
-    seconds = {}
     code = ("import resource, sys, evaluate; evaluate.main(sys.argv[1:]); "
             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
     for limit, workers in ((500, 1), (5000, 1), (5000, 2)):
+        command = [sys.executable, "-c", code, "--gt", f"{folder}/gt.json", "--pred",
+                   f"{folder}/pred.json", "--limit", str(limit), "--workers", str(workers)]
         start = time.perf_counter()
-        output = subprocess.run([sys.executable, "-c", code, *arguments, "--limit", str(limit),
-                                 "--workers", str(workers)], check=True, cwd=REPO,
-                                capture_output=True, text=True).stdout
-        seconds[limit, workers] = time.perf_counter() - start
-        print(f"evaluate.py, {limit} pairs, --workers {workers}: {seconds[limit, workers]:.1f} s, "
-              f"peak memory of a worker {int(output.split()[-1]) / 2**10:.0f} MiB")
-    print(f"two workers / one: {seconds[5000, 2] / seconds[5000, 1]:.2f}")
+        output = subprocess.run(command, check=True, cwd=REPO, capture_output=True).stdout
+        print(f"evaluate.py, {limit} pairs, --workers {workers}: {time.perf_counter() - start:.1f} "
+              f"s, peak memory of a worker {int(output.split()[-1]) / 2**10:.0f} MiB")
 
 
-def paper():
-    """Each stage in a process of its own, so that its peak memory is its own."""
-    for stage in ("stage_1", "stage_2"):
-        subprocess.run([sys.executable, __file__, stage], check=True)
+def pq():
+    with tempfile.TemporaryDirectory() as folder:
+        pq_update(Path(folder, "few"))
+        pq_command(Path(folder, "many"))
 
 
 def report(name, start):
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith("VmHWM"))
-    print(f"{name}: {time.perf_counter() - start:.1f} s, peak memory "
-          f"{int(peak.split()[1]) / 2**20:.1f} GiB", flush=True)
+    words, taken = Path("/proc/self/status").read_text().split(), time.perf_counter() - start
+    peak = int(words[words.index("VmHWM:") + 1]) / 2**20
+    print(f"{name}: {taken:.1f} s, peak memory {peak:.1f} GiB", flush=True)
+
+
+def ae_step_loss(model, ids):
+    points = model.config.points
+    coords = candidate_coords([np.random.default_rng()] * len(ids), points, ids.device)
+    return ae_loss(model(ids)[0], ids, coords, points)[0]
+
+
+def train_step(optimizer, loss):
+    loss().backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def stage_1():
     config = PRESETS["paper"]
     model = MaskAutoencoder(config).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config.ae_lr, config)
-    blocks = torch.randint(config.num_ids, (2, 8, 8))
-    ids = blocks.repeat_interleave(config.size // 8, 1).repeat_interleave(config.size // 8, 2)
+    ids = torch.randint(config.num_ids, (2, 8, 8)).repeat_interleave(64, 1).repeat_interleave(64, 2)
     for step in range(2):  # the first also warms up
         start = time.perf_counter()
-        logits, _ = model(ids, None)
-        ae_loss(logits, ids, candidate_coords([0, 1], config.points, "cpu"),
-                config.points)[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_step(optimizer, lambda: ae_step_loss(model, ids))
         report(f"stage 1, step {step + 1}, batch 2 at 512 pixels", start)
 
 
 def stage_2():
-    config = replace(PRESETS["paper"], encoder_json=json.dumps(SD_VAE))
     start = time.perf_counter()
-    model = LDMSeg(config)
-    nn.init.normal_(model.unet.conv_out.weight)  # a zero would stop the gradient
-    report(f"stage 2, model of {sum(p.numel() for p in model.unet.parameters()):,} UNet parameters",
-           start)
-    ids = torch.ones(1, 512, 512, dtype=torch.long)
-    image, eps = torch.randn(1, 3, 512, 512), torch.randn(1, 4, 64, 64)
+    model = LDMSeg(replace(PRESETS["paper"], encoder_json=json.dumps(SD_VAE)))
+    torch.nn.init.normal_(model.unet.conv_out.weight)  # a zero would stop the gradient
+    count = sum(p.numel() for p in model.unet.parameters())
+    report(f"stage 2, model of {count:,} UNet parameters", start)
+    ids, eps = torch.ones(1, 512, 512, dtype=torch.long), torch.randn(1, 4, 64, 64)
     start = time.perf_counter()
-    loss = model.diffusion_loss(image, ids, eps, torch.tensor([500]), False)
+    loss, _ = model(torch.randn(1, 3, 512, 512), ids, eps, torch.tensor([500]), False)
     report("stage 2, forward, batch 1 at 512 pixels", start)
     loss.backward()
     report("stage 2, forward and backward", start)
-    assert all(p.grad is not None for p in model.unet.parameters())
 
 
-CUDA = torch.cuda.is_available()
-
-
-def seconds(function, rounds=5):
-    """Mean time of a call after two that warm up."""
-    for call in range(rounds + 2):
-        if call == 2:
-            torch.cuda.synchronize() if CUDA else None
-            start = time.perf_counter()
-        function()
-    torch.cuda.synchronize() if CUDA else None
-    return (time.perf_counter() - start) / rounds
-
-
-def by_batch_size(name, make_step, batches):
-    """Images per second and peak memory of make_step(batch size)(), until memory is full."""
-    for batch in batches:
-        try:
-            torch.cuda.reset_peak_memory_stats() if CUDA else None
-            rate = batch / seconds(make_step(batch))
-        except torch.cuda.OutOfMemoryError:
-            return print(f"{name}, batch {batch}: out of memory")
-        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if CUDA else "not on a GPU"
-        print(f"{name}, batch {batch}: {rate:.2f} images per second, peak {peak}", flush=True)
+def paper():
+    for stage in ("stage_1", "stage_2"):  # each in a process that has its own peak memory
+        subprocess.run([sys.executable, __file__, stage], check=True)
 
 
 def device():
-    kind = "cuda" if CUDA else "cpu"
-    config = replace(PRESETS["paper" if CUDA else "tiny"], encoder_json=json.dumps(SD_VAE),
-                     mask_scale=0.18215)
-    batches = (1, 2, 4, 8, 16, 32, 64) if CUDA else (2,)
+    from torch.utils.benchmark import Timer
 
-    def trainer(model, loss_of):
-        optimizer = make_optimizer(model, 1e-4, config)
+    cuda = torch.cuda.is_available()
+    kind, batches = ("cuda", (1, 2, 4, 8, 16, 32, 64)) if cuda else ("cpu", (2,))
+    config = replace(PRESETS["paper" if cuda else "tiny"], encoder_json=json.dumps(SD_VAE),
+                     mask_scale=0.18215)  # fmt: skip
+    size, autocast = config.size, torch.autocast(kind, torch.bfloat16)
 
-        def make_step(batch):
-            ids = torch.ones(batch, config.size, config.size, dtype=torch.long, device=kind)
-            image = torch.rand(batch, 3, config.size, config.size, device=kind)
-            eps = seeded_noise(range(batch), config, kind)
+    def seconds(function, rounds=5):
+        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+        return timer.timeit(rounds).mean  # after two calls that warm up
 
-            def step():
-                with torch.autocast(kind, torch.bfloat16):
-                    loss = loss_of(image, ids, eps)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-
-            return step
-
-        return make_step
-
-    autoencoder = MaskAutoencoder(config).to(kind)
-    by_batch_size("stage 1", trainer(autoencoder, lambda image, ids, eps: ae_loss(
-        autoencoder(ids, eps)[0], ids, candidate_coords(range(len(ids)), config.points, kind),
-        config.points)[0]), batches)
-    for option in ("plain", "checkpointing", "compile"):
-        model = LDMSeg(config).to(kind)
-        if option == "checkpointing":
+    for name in ("stage 1", "stage 2, plain", "stage 2, checkpointing", "stage 2, compile"):
+        model = (MaskAutoencoder if name == "stage 1" else LDMSeg)(config).to(kind)
+        if "checkpointing" in name:
             model.unet.enable_gradient_checkpointing()
-        if option == "compile":
+        if "compile" in name:
             model.unet.compile()
-        by_batch_size(f"stage 2, {option}", trainer(model, lambda image, ids, eps, m=model: m(
-            image, ids, eps, torch.full((len(ids),), 500, device=kind), False)), batches)
+        for batch in batches:
+            inputs = (torch.rand(batch, 3, size, size), torch.ones(batch, size, size).long(),
+                      torch.randn(batch, 4, size // 8, size // 8), torch.full((batch,), 500))
+            inputs, optimizer = [x.to(kind) for x in inputs], make_optimizer(model, 1e-4, config)
+            loss = autocast(lambda: ae_step_loss(model, inputs[1]) if name == "stage 1"
+                            else model(*inputs, False)[0])  # fmt: skip
+            try:
+                torch.cuda.reset_peak_memory_stats() if cuda else None
+                rate = batch / seconds(lambda: train_step(optimizer, loss))
+            except torch.cuda.OutOfMemoryError:
+                print(f"{name}, batch {batch}: out of memory")
+                break
+            peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else "no GPU"
+            print(f"{name}, batch {batch}: {rate:.2f} images per second, peak {peak}", flush=True)
     for batch in (1, 16):
-        image = torch.rand(batch, 3, config.size, config.size, device=kind)
+        image = torch.rand(batch, 3, size, size, device=kind)
         for steps in (1, 4, 10, 20, 50):
-            with torch.autocast(kind, torch.bfloat16):
-                time_of = seconds(lambda: model.sample(image, range(batch), steps), rounds=2)
+            draw = autocast(lambda: model.sample(image, [(0, 0)] * batch, steps))
+            time_of = seconds(draw, 2)
             print(f"sampling, batch {batch}, {steps} steps: {time_of / batch:.3f} s per image")
 
 
 if __name__ == "__main__":
-    benchmarks = {"scenes": scenes, "pq": pq, "paper": paper, "stage_1": stage_1,
-                  "stage_2": stage_2, "device": device}
+    benchmarks = {f.__name__: f for f in (scenes, pq, paper, stage_1, stage_2, device)}
     if sys.argv[1:] not in [[name] for name in benchmarks]:
         sys.exit(__doc__)
     benchmarks[sys.argv[1]]()

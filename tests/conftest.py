@@ -1,6 +1,5 @@
 """What the tests share: a tiny data set, a model around a stub UNet, and tiny trained runs."""
 
-import json
 import logging
 import os
 import socket
@@ -8,6 +7,7 @@ import sys
 import time
 import traceback
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn as nn
-from PIL import Image
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
@@ -25,9 +24,10 @@ import ldmseg  # noqa: E402
 import train_ae  # noqa: E402
 import train_ldm  # noqa: E402
 
-TINY = ["size=32", "bits=3", "ae_widths=8,16,32,32", "points=40", "stem_widths=8,8,16",
-        "unet_widths=32,32", "unet_heads=2", "warmup=1", "eval_steps=2",
-        "self_condition=0.3", "min_segment=4", "min_area=4", "mask_threshold=0"]  # fmt: skip
+TINY = ["size=32", "warmup=1", "min_segment=4", "min_area=4", "mask_threshold=0"]  # both stages
+TINY_AE = [*TINY, "bits=3", "ae_widths=8,16,32,32", "points=40"]
+TINY_LDM = [*TINY, "stem_widths=8,8,16", "unet_widths=32,32", "unet_heads=2", "eval_steps=2",
+            "self_condition=0.3"]  # fmt: skip
 
 # Per image: height, width, and its segments (id, category, crowd, rows, columns) in the order
 # they are painted; what no segment covers is VOID.
@@ -36,13 +36,11 @@ SCENES = {
         (30, 44, [(1, 9, 0, (0, 18), (0, 44)), (300, 9, 0, (18, 30), (0, 44)),
                   (70000, 7, 0, (6, 24), (8, 28))]),
         (48, 33, [(5, 9, 0, (0, 48), (0, 33)), (6, 7, 1, (30, 48), (0, 20))]),
-        (40, 56, [(900, 7, 0, (10, 40), (0, 30))]),
-    ],
+        (40, 56, [(900, 7, 0, (10, 40), (0, 30))])],
     "val": [
         (36, 50, [(2, 9, 0, (0, 36), (0, 25)), (1000000, 7, 0, (0, 36), (25, 50))]),
         (52, 40, [(11, 9, 0, (0, 26), (0, 40)), (12, 7, 0, (26, 52), (0, 20)),
-                  (13, 7, 1, (26, 52), (20, 36))]),
-    ],
+                  (13, 7, 1, (26, 52), (20, 36))])],
 }  # fmt: skip
 CATEGORIES = [{"id": 7, "name": "cell", "isthing": 1}, {"id": 9, "name": "ground", "isthing": 0}]
 
@@ -63,22 +61,19 @@ def paint(height, width, segments):
 def write_split(root, split, scenes):
     """Write one split in the COCO panoptic layout; an image's id is 10 + its index."""
     rng = np.random.default_rng(len(split))
-    masks = root / "annotations" / f"panoptic_{split}"
-    for folder in (root / split, masks):
-        folder.mkdir(parents=True)
     images, annotations = [], []
     for i, (height, width, segments) in enumerate(scenes):
         name, ids = f"{split}{i}.png", paint(height, width, segments)
         colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
-        Image.fromarray(colours).save(masks / name)
+        ldmseg.write_png(root / "annotations" / f"panoptic_{split}" / name, colours)
         noise = rng.integers(0, 256, (height, width, 3), np.uint8)
-        Image.fromarray(noise).save(root / split / name)
+        ldmseg.write_png(root / split / name, noise)
         images.append({"id": 10 + i, "file_name": name, "height": height, "width": width})
         annotations.append({"image_id": 10 + i, "file_name": name, "segments_info": [
             {"id": id, "category_id": category, "iscrowd": crowd}
             for id, category, crowd, _, _ in segments]})  # fmt: skip
-    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
-    (root / "annotations" / f"panoptic_{split}.json").write_text(json.dumps(content))
+    ldmseg.write_json(root / "annotations" / f"panoptic_{split}.json", {
+        "images": images, "annotations": annotations, "categories": CATEGORIES})  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -90,24 +85,22 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
-def shared():
-    """The folder of reference values beside the repository; without it the test is skipped."""
-    folder = REPO.parent / "shared"
-    if not folder.is_dir():
-        pytest.skip(f"no reference values: {folder} is not there")
-    return folder
+GOLDEN = Path(__file__).parent / "golden"  # reference values; the README there says whose
+ON_CPU = ["--device", "cpu", "--workers", "0"]
+VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+           block_out_channels=[32, 32, 64, 32], layers_per_block=2)  # of diffusers, small
 
 
 def ae_command(data, out, *more):
-    """Arguments of train_ae.py for two steps of a tiny autoencoder."""
-    return ["--data", str(data), "--out", str(out), "--steps", "2", "--batch-size", "4",
-            "--workers", "0", "--device", "cpu", "--set", *TINY, *more]  # fmt: skip
+    """Arguments of train_ae.py for two steps of a tiny autoencoder; more: FIELD=VALUE."""
+    return ["--data", str(data), "--out", str(out), "--steps", "2", "--batch-size", "4", *ON_CPU,
+            "--set", *TINY_AE, *more]  # fmt: skip
 
 
 def ldm_command(data, ae, out, *more):
-    """Arguments of train_ldm.py for two steps on top of that autoencoder."""
-    return ["--ae", str(ae), *ae_command(data, out, *more)]
+    """Arguments of train_ldm.py for two steps on top of that autoencoder; more: FIELD=VALUE."""
+    return ["--ae", str(ae), "--data", str(data), "--out", str(out), "--steps", "2",
+            "--batch-size", "4", *ON_CPU, "--set", *TINY_LDM, *more]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -159,8 +152,14 @@ def on_two_ranks(work, *arguments):
             pytest.fail("the two processes wait for each other")
 
 
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def small_config(**changes):
-    return ldmseg.override(ldmseg.Config(mask_scale=0.5, **changes), TINY)
+    """The Config of the tiny runs; changes win."""
+    config = ldmseg.override(ldmseg.Config(mask_scale=0.5), TINY_AE, "ae")
+    return replace(ldmseg.override(config, TINY_LDM, "ldm"), **changes)
 
 
 class StubUNet(nn.Module):
@@ -185,6 +184,21 @@ def stub_model(monkeypatch):
     return build
 
 
+class ConvUNet(nn.Module):
+    """One convolution with the UNet's interface, quick to import and to run."""
+
+    def __init__(self, config, image_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(8 + image_channels, 4, 3, padding=1)
+        self.context = nn.Linear(config.task_width, 4) if config.tasks else None
+
+    def forward(self, inputs, t, encoder_hidden_states=None):
+        output = self.conv(inputs).tanh() + t.view(-1, 1, 1, 1) / 1000
+        if self.context:
+            output = output + self.context(encoder_hidden_states[:, 0])[..., None, None]
+        return SimpleNamespace(sample=output)
+
+
 def fill_by_rule(key, shape):
     """The tensor that the reference values were made with; see the README beside them."""
     values = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
@@ -194,6 +208,18 @@ def fill_by_rule(key, shape):
     else:
         values = 0.1 * values + key.endswith("weight")
     return torch.from_numpy(values.astype(np.float32))
+
+
+def flat(result, prefix=""):
+    """A nested result as {"All/pq": 0.5, ...}."""
+    parts = [flat(v, f"{prefix}{k}/") if isinstance(v, dict) else {prefix + k: v}
+             for k, v in result.items()]
+    return {k: v for part in parts for k, v in part.items()}
+
+
+def areas_of(ids):
+    """{id: pixels}, without VOID."""
+    return {id: int((ids == id).sum()) for id in np.unique(ids).tolist() if id}
 
 
 def relative_error(got, expected):

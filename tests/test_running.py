@@ -1,241 +1,377 @@
-"""Configuration, optimizer, run folders and the loop over a data set."""
+"""What trains (Sec. 4.1): Config, optimizer, run folders, stopping and going on, two processes.
+
+The oracle of a run that stops, and of one on two ranks, is one process without a break.
+"""
 
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 from dataclasses import replace
+from unittest.mock import Mock
 
+import inpaint
+import ldmseg
 import numpy as np
 import pytest
+import sample
 import torch
+import torch.distributed as dist
 import torch.nn as nn
-from conftest import SCENES, small_config
-from ldmseg import (
-    PRESETS, Config, Meter, colorize, evaluate_tasks, learning_rate, load_model, make_ema,
-    make_optimizer, open_dataset, overlay, override, predict_dataset, replacing,
-    save_weights, stable_seed,
-)  # fmt: skip
+import train_ae
+import train_ldm
+from conftest import ON_CPU, ConvUNet, ae_command, flat, ldm_command, on_two_ranks, small_config
+from ldmseg import Config, UserError, learning_rate, load_model, override, run_script, save_weights
 
 # ---- configuration ----
 
 
 def test_set_converts_to_the_fields_type():
-    config = override(Config(), ["bits=7", "ae_lr=1e-3", "ae_widths=8,16,32,32", "prediction=eps"])
-    changed = config.bits, config.ae_lr, config.ae_widths, config.prediction
-    assert changed == (7, 1e-3, (8, 16, 32, 32), "eps")
+    config = override(Config(), ["bits=7", "ae_lr=1e-3", "ae_widths=8,16,32,32"], "ae")
+    assert (config.bits, config.ae_lr, config.ae_widths) == (7, 1e-3, (8, 16, 32, 32))
+    assert override(Config(), ["prediction=eps"], "ldm").prediction == "eps"
 
 
-@pytest.mark.parametrize("assignment, message", [
-    ("nope=1", "--set nope=1: expected FIELD=VALUE"), ("bits", "--set bits: expected FIELD=VALUE"),
-    ("preset=paper", "--set preset=paper"), ("bits=few", "--set bits: got 'few', expected int"),
-    ("ae_widths=8,x", "--set ae_widths: got '8,x', expected tuple"),
-])  # fmt: skip
-def test_set_names_what_it_cannot_use(assignment, message):
-    with pytest.raises(ValueError, match=message):
-        override(Config(), [assignment])
+@pytest.mark.parametrize("stage, assignment, message", [
+    ("ldm", "ldm_rl=1", "unknown.*ldm_lr"), ("ae", "bits", "expected FIELD=VALUE"),
+    ("ae", "bits=few", "got 'few', expected int"), ("ae", "ae_widths=8,x", "expected tuple"),
+    ("ae", "unet_widths=8,8", "other stage"), ("ldm", "preset=paper", "or of a flag")])
+def test_set_names_what_it_cannot_use(stage, assignment, message):
+    with pytest.raises(UserError, match=f"^--set {assignment.split('=')[0]}.*: .*{message}"):
+        override(Config(), [assignment], stage)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("prediction", "x0"), ("loss_weights", "snr"), ("lr_schedule", "step"),
-    ("image_encoder", "vgg"), ("size", 40), ("size", 0), ("bits", 0),
-    ("bits", 11), ("ae_steps", 0), ("ldm_batch", -1), ("points", 0),
-])  # fmt: skip
-def test_an_impossible_value_is_an_error_that_names_the_field(field, value):
-    with pytest.raises(ValueError, match=f"{field} is {value!r}, expected"):
+@pytest.mark.parametrize("field, value, expected", [
+    ("prediction", "x0", "one of"), ("tasks", ("depth", "edges"), "one of"),
+    ("size", 40, "a multiple of 16"), ("ae_widths", (8, 16, 32, 40), "a multiple of 32"),
+    ("bits", 11, "1 to 10"), ("unet_widths", (32, 0), "1 to inf"),
+    ("stem_widths", (8,), "3 numbers"), ("unet_attention", (1,), "2 numbers"),
+    ("kl_weight", 0.1, "latents=gaussian")])
+def test_an_impossible_value_is_an_error_that_names_field_and_range(field, value, expected):
+    with pytest.raises(UserError) as error:
         Config(**{field: value})
+    assert str(error.value).startswith(f"{field} is {value!r}, expected {expected}")
 
 
 def test_the_paper_preset_has_the_papers_numbers():
-    paper = PRESETS["paper"]
-    assert (paper.size, paper.num_ids, paper.points) == (512, 128, 12544)
-    assert (paper.prediction, paper.mask_scale, paper.image_scale) == ("eps", 0.18215, 0.18215)
-    assert (paper.ae_batch, paper.ae_lr, paper.ldm_lr) == (16, 1e-4, 1e-4)
-    assert (paper.weight_decay, paper.ae_clip, paper.ldm_clip) == (0.05, 3, 1)
+    numbers = dict(size=512, bits=7, points=12544, prediction="eps", mask_scale=0.18215,
+                   image_scale=0.18215, ae_batch=16, ae_lr=1e-4, ae_clip=3, ldm_lr=1e-4, ldm_clip=1,
+                   weight_decay=0.05, ema=0.999, min_area=512)
+    assert ldmseg.PRESETS["paper"] == replace(ldmseg.PRESETS["paper"], **numbers)
 
 
-# ---- optimizer ----
+# ---- optimizer, averages, files ----
 
 
-@pytest.mark.parametrize("step, expected", [(0, 0.25), (3, 1), (4, 1), (99, 1)])
-def test_the_learning_rate_warms_up_and_stays(step, expected):
-    assert learning_rate(step, 100, 1.0, Config(warmup=4)) == expected
+@pytest.mark.parametrize("schedule, step, share", [
+    ("constant", 0, 0.25), ("constant", 3, 1), ("constant", 99, 1), ("cosine", 1, 0.5),
+    ("cosine", 4, 1), ("cosine", 28, 0.5 + 8**-0.5), ("cosine", 52, 0.5), ("cosine", 100, 0)])
+def test_the_learning_rate_warms_up_then_stays_or_falls_to_1e_minus_6(schedule, step, share):
+    got = learning_rate(step, 100, 0.1, Config(warmup=4, lr_schedule=schedule))
+    end = 1e-6 * (schedule == "cosine" and step >= 4)
+    assert got == pytest.approx(end + share * (0.1 - end), rel=1e-9)
 
 
-@pytest.mark.parametrize("step, share", [(4, 1), (28, 0.5 + 8**-0.5), (52, 0.5), (100, 0)])
-def test_the_cosine_schedule_falls_from_the_peak_to_1e_minus_6(step, share):
-    expected = 1e-6 + share * (0.1 - 1e-6)
-    got = learning_rate(step, 100, 0.1, Config(warmup=4, lr_schedule="cosine"))
-    assert got == pytest.approx(expected, rel=1e-9)
-
-
-def test_weight_decay_spares_norms_and_biases():
-    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+def test_weight_decay_spares_norms_biases_and_frozen_weights():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2).requires_grad_(False))
     for p in model.parameters():
         nn.init.ones_(p)
         p.grad = torch.zeros_like(p)
-    make_optimizer(model, 0.5, Config(weight_decay=0.1)).step()
-    assert torch.allclose(model[0].weight, torch.tensor(0.95))
-    for p in (model[0].bias, model[1].weight, model[1].bias):
-        assert torch.equal(p, torch.ones(2))
+    ldmseg.make_optimizer(model, 0.5, Config(weight_decay=0.1)).step()
+    first, *others = model.parameters()
+    torch.testing.assert_close(first, torch.full((2, 2), 0.95))
+    assert all((p == 1).all() for p in others)
 
 
-def test_frozen_parameters_are_not_optimized():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-    groups = make_optimizer(model, 0.1, Config()).param_groups
-    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model[0].parameters()}
-
-
-def test_the_moving_average_warms_up_to_its_decay():
-    model = nn.Linear(1, 1, bias=False)
-    ema, averages = make_ema(model, 0.25), []
+def test_the_moving_average_warms_up_to_its_decay_and_shares_frozen_weights():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1).requires_grad_(False))
+    ema, averages = ldmseg.make_ema(model, 0.25), []
     for weight in (0.0, 11.0, 0.0, 0.0):
-        nn.init.constant_(model.weight, weight)
+        nn.init.constant_(model[0].weight, weight)
         ema.update_parameters(model)
-        averages.append(ema.module.weight.item())
+        averages.append(ema.module[0].weight.item())
     # the first weights, then decays 2/11, 3/12 and min(1/4, 4/13)
     assert averages == pytest.approx([0, 9, 9 / 4, 9 / 16])
-
-
-def test_the_moving_average_keeps_one_copy_of_frozen_weights_and_of_all_where_it_is_off():
-    for decay, shared in ((0.9, [False, True]), (0, [True, True])):
-        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-        ema = make_ema(model, decay)
-        nn.init.constant_(model[0].weight, 5.0)
-        for _ in range(2):
-            ema.update_parameters(model)
-        pairs = zip(ema.module, model)
-        assert [a.weight.data_ptr() == w.weight.data_ptr() for a, w in pairs] == shared
-        torch.testing.assert_close(ema.module[0].weight, model[0].weight)
-
-
-@pytest.mark.parametrize("fields, message", [
-    ({"ae_widths": (8, 16, 32)}, r"ae_widths is \(8, 16, 32\), expected 4 numbers"),
-    ({"ae_widths": (8, 16, 32, 40)}, "ae_widths end in 40, expected a multiple of 32"),
-    ({"stem_widths": (8,)}, "expected 3 numbers"),
-    ({"unet_attention": (1,)}, "expected 2 numbers"),
-])  # fmt: skip
-def test_widths_that_do_not_fit_are_an_error(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**fields)
-
-
-def test_a_kl_weight_without_gaussian_latents_is_an_error():
-    with pytest.raises(ValueError, match="kl_weight is 0.1, which needs latents=gaussian"):
-        Config(kl_weight=0.1)
-
-
-# ---- numbers and files ----
-
-
-def test_the_meter_gives_means_over_batches():
-    meter = Meter()
-    for value in (1.0, 3.0):
-        meter.add(4, loss=torch.tensor(value), ce=torch.tensor(2 * value))
-    result = meter.means()
-    assert (result["loss"], result["ce"]) == (2, 4)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_an_error(value):
-    meter = Meter()
-    meter.add(4, loss=torch.tensor(1.0))
-    meter.add(4, loss=torch.tensor(value))
-    with pytest.raises(ValueError, match=f"loss is {value}"):
-        meter.means()
+    assert ema.module[1].weight.data_ptr() == model[1].weight.data_ptr()
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
+    with pytest.raises(RuntimeError), ldmseg.replacing(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_weights_in_half_precision_load_within_its_rounding(tmp_path, stub_model):
-    model = stub_model(None)
-    save_weights(tmp_path / "half.safetensors", model, model.config, 7, torch.float16)
-    loaded = load_model(tmp_path / "half.safetensors")
-    for ours, theirs in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
-    assert loaded.config == model.config
+# ---- run folders ----
+
+SCRIPTS = {"ae": train_ae, "ldm": train_ldm}
+stages = pytest.mark.parametrize("stage", ["ae", "ldm"])
 
 
-def test_the_autoencoder_of_a_full_model_is_its_stage_1(tiny_run):
-    first, second = load_model(tiny_run.ae), load_model(tiny_run.ldm).autoencoder
-    for ours, theirs in zip(second.state_dict().values(), first.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs)
+@pytest.fixture(scope="module")
+def command(data, tiny_run):
+    """A function (stage, run folder, more flags) -> arguments of two steps of a tiny run."""
+    return lambda stage, out, *more: [
+        *(ae_command(data, out) if stage == "ae" else ldm_command(data, tiny_run.ae, out)), *more]
 
 
-def test_stage_2_scales_latents_to_the_chosen_deviation(tiny_run):
-    last = json.loads((tiny_run.ae / "log.jsonl").read_text().splitlines()[-1])
-    config = load_model(tiny_run.ldm).config
-    assert config.mask_scale == pytest.approx(config.mask_std / last["latent_std"])
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, command):
+    """Folders of runs of four steps without a break: {stage: folder}."""
+    runs = {stage: tmp_path_factory.mktemp(stage) for stage in SCRIPTS}
+    for stage, run in runs.items():
+        SCRIPTS[stage].main(command(stage, run, "--steps", "4"))
+    return runs
 
 
-# ---- a model over a data set ----
+def equal_weights(one, other):
+    """Whether the weights files of two runs, and what they would resume from, are equal."""
+    checkpoints = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (one, other)]
+    tensors = [[*c["model"].values(), *c["ema"].values(),
+                *(v for moments in c["optimizer"]["state"].values() for v in moments.values())]
+               for c in checkpoints]
+    files = [(run / "model.safetensors").read_bytes() for run in (one, other)]
+    return files[0] == files[1] and all(map(torch.equal, *tensors))
 
 
-def batches_of(dataset, monkeypatch, rank=0, world=1, seed=0, limit=None):
-    """(index, noise seed, ids) of each image that predict_dataset shows the model."""
-    monkeypatch.setattr("ldmseg.rank_and_world", lambda: (rank, world))
-    seen = []
-
-    def logits_of(batch):
-        seen.extend(zip(batch["seed"], batch["ids"].tolist()))
-        return torch.zeros(len(batch["seed"]), 8, 16, 16)
-
-    results = predict_dataset(logits_of, dataset, small_config(), "cpu", seed=seed, limit=limit)
-    return [(index, *pair) for (index, *_), pair in zip(list(results), seen, strict=True)]
+@stages
+def test_a_run_folder_holds_weights_config_log_and_a_picture(tiny_run, stage):
+    run = getattr(tiny_run, stage)
+    names = {"checkpoint.pt", "model.safetensors", "config.json", "log.jsonl", "step000002.png"}
+    assert {path.name for path in run.iterdir()} == names
+    first, last = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    assert first["step"] == last["step"] == 2 and first["loss"] > 0 and 0 <= last["pq"] <= 1
 
 
-def test_noise_and_ids_of_an_image_depend_on_its_id_and_the_seed_only(data, monkeypatch):
-    dataset = open_dataset(str(data), "train", None, 32, "val")
-    forward = batches_of(dataset, monkeypatch)
-    dataset.records = dataset.records[2:0:-1]
-    backward = batches_of(dataset, monkeypatch)
-    assert [b[1:] for b in backward] == [forward[2][1:], forward[1][1:]]
-    assert len({seed for _, seed, _ in forward}) == 3
-    assert batches_of(dataset, monkeypatch, seed=1)[0][1] != backward[0][1]
-    assert backward[0][1] == stable_seed(0, 12)
+@stages
+def test_a_resumed_run_equals_one_without_a_break(
+        command, tiny_run, straight, tmp_path, capsys, stage):
+    run = shutil.copytree(getattr(tiny_run, stage), tmp_path / "run")
+    SCRIPTS[stage].main(command(stage, run, "--steps", "4"))
+    assert f"{run}: resuming from step 2\n" in capsys.readouterr().out
+    assert equal_weights(run, straight[stage])
+    assert not equal_weights(run, getattr(tiny_run, stage))
 
 
-def test_ranks_share_the_images_and_see_them_as_one_process_does(monkeypatch, data):
-    dataset = open_dataset(str(data), "train", None, 32, "val")
-    alone = batches_of(dataset, monkeypatch)
-    shared = [batches_of(dataset, monkeypatch, rank, 2) for rank in (0, 1)]
-    assert [len(part) for part in shared] == [2, 1]
-    assert sorted(shared[0] + shared[1]) == alone
+def caught(number):
+    """`learning_rate`, in whose first step the process gets a signal."""
+    return lambda step, *rest: (
+        step == 0 and signal.raise_signal(number) or learning_rate(step, *rest))
 
 
-def test_limit_takes_the_first_images(monkeypatch, data):
-    dataset = open_dataset(str(data), "train", None, 32, "val")
-    assert [index for index, *_ in batches_of(dataset, monkeypatch, limit=2)] == [0, 1]
+SAVED = "interrupted at step 1, saved in {}: same command goes on\n"
 
 
-def test_a_perfect_model_misses_only_the_filtered_truth(data):
-    def perfect(batch):
-        half = nn.functional.one_hot(batch["ids"][:, ::2, ::2], 8).float()
-        return [{"instance": 50 * one} for one in half.permute(0, 3, 1, 2)]
-
-    dataset = open_dataset(str(data), None, None, 32, "val")
-    config = replace(small_config(), min_area=0)
-    result, kept = evaluate_tasks(["instance"], perfect, dataset, config, "cpu", pictures=1)
-    row = result["instance"]["per_class"]["1"]
-    assert (row["tp"], row["fp"], row["fn"]) == (4, 0, 0) and row["sq"] > 0.9
-    assert kept[0][1]["instance"].shape == SCENES["val"][0][:2] and len(kept) == 1
-    config = replace(small_config(), min_area=800)
-    result, _ = evaluate_tasks(["instance"], perfect, dataset, config, "cpu")
-    row = result["instance"]["per_class"]["1"]
-    assert (row["tp"], row["fp"], row["fn"]) == (3, 0, 1)
-
-
-def test_void_is_black_and_ids_have_colours_of_their_own():
-    colours = colorize(np.arange(20)[None])[0]
-    assert colours[0].tolist() == [0, 0, 0]
-    assert len({tuple(colour) for colour in colours.tolist()}) == 20
+@stages
+@pytest.mark.parametrize("name, function, step, end, line", [
+    ("learning_rate", caught(signal.SIGINT), 1, "130", SAVED),
+    ("learning_rate", caught(signal.SIGTERM), 1, "130", SAVED),
+    ("score", Mock(side_effect=RuntimeError("a bug")), 2, "a bug", "")],
+    ids=["Ctrl-C", "SIGTERM", "evaluation fails"])
+def test_a_run_that_is_stopped_saves_and_the_same_command_ends_like_a_straight_one(
+        command, straight, tmp_path, monkeypatch, capsys, stage, name, function, step, end, line):
+    main, flags = SCRIPTS[stage].main, command(stage, tmp_path, "--steps", "4", "--eval-every", "2")
+    with monkeypatch.context() as patch, pytest.raises((SystemExit, RuntimeError)) as stop:
+        patch.setattr(SCRIPTS[stage], name, function)
+        run_script(lambda: main(flags))
+    assert (str(stop.value), capsys.readouterr().err) == (end, line.format(tmp_path))
+    main(flags)
+    assert f"{tmp_path}: resuming from step {step}\n" in capsys.readouterr().out
+    assert equal_weights(tmp_path, straight[stage])
 
 
-def test_an_overlay_shows_the_image_where_it_is_void():
-    image = np.full((1, 2, 3), 200, np.uint8)
-    mixed = overlay(image, np.array([[0, 1]]))
-    assert mixed[0, 0].tolist() == [200] * 3 and mixed[0, 1].tolist() != [200] * 3
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError])
+def test_a_bug_shows_its_traceback(command, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(train_ae, "ae_loss", Mock(side_effect=kind("a bug")))
+    with pytest.raises(kind, match="a bug"):
+        run_script(lambda: train_ae.main(command("ae", tmp_path)))
+
+
+def test_a_mistake_met_in_a_loader_process_is_one_line_and_exit_code_2(complaint, data, tmp_path):
+    path = shutil.copytree(data, tmp_path / "data") / "train" / "train1.png"
+    path.write_bytes(path.read_bytes()[:200])
+    flags = [*ae_command(tmp_path / "data", tmp_path / "run"), "--workers", "1"]
+    assert complaint(train_ae.main, *flags).startswith(f"{path}: not a readable image")
+
+
+@pytest.mark.parametrize("stage, flags, field", [
+    ("ae", ["--set", "ae_lr=1"], "ae_lr 0.002, this command 1.0"),
+    ("ae", ["--batch-size", "8"], "ae_batch 4, this command 8"),
+    ("ae", ["--seed", "1"], "seed 0, this command 1"), ("ae", ["--data", "shapes"], "data ["),
+    ("ldm", ["--ae", "another.safetensors"], "--ae with checksum")])
+def test_resuming_with_other_settings_names_the_difference(
+        complaint, command, tiny_run, tmp_path, monkeypatch, stage, flags, field):
+    monkeypatch.chdir(tmp_path)
+    another = load_model(tiny_run.ae)
+    another.encoder[0].bias.data += 1
+    save_weights("another.safetensors", another, another.config)
+    line = complaint(SCRIPTS[stage].main, *command(stage, getattr(tiny_run, stage), *flags))
+    assert f"its run has {field}" in line and "--fresh" in line
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("ae", ["--accumulate", "2"]),
+    ("ldm", ["--workers", "1", "--set", "checkpointing=1", "zero=1", "eval_steps=9"])])
+def test_a_finished_run_says_so_and_stays_also_on_another_machine(
+        capsys, command, tiny_run, stage, flags):
+    run = getattr(tiny_run, stage)
+    before = (run / "checkpoint.pt").stat().st_mtime_ns
+    SCRIPTS[stage].main(command(stage, run, *flags))
+    assert f"{run}: finished at step 2; --fresh starts over\n" in capsys.readouterr().out
+    assert (run / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_fresh_starts_over(command, tiny_run, tmp_path):
+    again = shutil.copytree(tiny_run.ae, tmp_path / "again")
+    train_ae.main(command("ae", again, "--fresh", "--seed", "5"))
+    assert not equal_weights(again, tiny_run.ae)
+    assert len((again / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_broken_checkpoint_is_named(complaint, command, tmp_path):
+    (tmp_path / "checkpoint.pt").write_text("hello")
+    line = complaint(train_ae.main, *command("ae", tmp_path))
+    assert line.startswith(f"{tmp_path}/checkpoint.pt: ") and "--fresh starts over" in line
+
+
+@pytest.mark.parametrize("steps, message", [("3", "are not finite"), ("4", "loss is ")])
+def test_a_diverging_run_stops_and_leaves_the_last_checkpoint(
+        complaint, command, tiny_run, tmp_path, monkeypatch, steps, message):
+    run = shutil.copytree(tiny_run.ae, tmp_path / "run")
+    monkeypatch.setattr(train_ae, "learning_rate", lambda *_: float("inf"))
+    assert message in complaint(train_ae.main, *command("ae", run, "--steps", steps))
+    assert equal_weights(run, tiny_run.ae)
+
+
+@stages
+def test_the_gradient_is_clipped(command, tmp_path, stage):
+    """Clipped to a norm of 0 and without weight decay, two steps leave the weights as after one."""
+    for steps in ("1", "2"):
+        SCRIPTS[stage].main(command(stage, tmp_path / steps, "--steps", steps, "--set",
+                                    f"{stage}_clip=0", "weight_decay=0"))
+    one, two = (load_model(tmp_path / steps).parameters() for steps in ("1", "2"))
+    assert all(map(torch.equal, one, two))
+
+
+def test_loader_processes_outlive_ctrl_c_and_give_the_batches_of_one_process():
+    stream = ldmseg.TrainingStream([ldmseg.ShapeScenes("train", 32)], small_config(), 0)
+    alone, loader = (iter(ldmseg.training_loader(stream, 4, 2, 0, 5, count)) for count in (0, 1))
+    first = next(loader)
+    for process in multiprocessing.active_children():  # a terminal sends it to all processes
+        os.kill(process.pid, signal.SIGINT)
+    for batch, expected in zip([first, *loader], alone, strict=True):
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+# ---- two ranks do what one process does ----
+
+RUNS = ("ids", "depth", "ldm", "tasks")
+
+
+def scores():
+    """Of all tasks over 15 scenes, of which this process counts its share."""
+    scenes = ldmseg.ShapeScenes("val", 32)
+    config = small_config(bits=4, tasks=ldmseg.TASKS, categories=json.dumps(scenes.categories))
+
+    def predict(batch):  # the true instances, moved; their random ids as classes and as depth
+        ids = batch["ids"][:, ::2, ::2].roll(1, 2)
+        logits = 50 * nn.functional.one_hot(ids, 16).permute(0, 3, 1, 2)
+        return {"instance": logits, "semantic": logits, "depth": ids[:, None]}
+
+    return ldmseg.evaluate(predict, config.known_tasks, scenes, config, "cpu", limit=15)[0]
+
+
+def run_scripts(folder):
+    """The scripts, from their command lines; one starts when the one before is through."""
+    ids, depth, ldm, tasks = (folder / name for name in RUNS)
+    one_step = ["--steps", "1", "--limit", "5"]
+    draw = ["--weights", ldm, "--steps", "2", *ON_CPU, "--data", "shapes", "--limit", "5", "--out"]
+    for main, flags in [
+        (train_ae.main, [*ae_command("shapes", ids, "bits=4"), *one_step]),
+        # no pixel of their depth is invalid: accumulated micro-batches weigh the same
+        (train_ae.main, [*ae_command("shapes", depth), *one_step, "--target", "depth",
+                         "--accumulate", ldmseg.rank_and_world()[1]]),
+        (train_ldm.main, [*ldm_command("shapes", ids, ldm), *one_step]),
+        (train_ldm.main, [*ldm_command("shapes", ids, tasks, "task_width=8"), *one_step,
+                          "--ae", ids, depth, "--tasks", *ldmseg.TASKS]),
+        (sample.main, [*draw, folder / "samples"]),
+        (inpaint.main, [*draw, folder, "--block", "8", "--drop-rate", "0.3", "--strokes"]),
+    ]:
+        main([str(flag) for flag in flags])
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def work(rank, world, folder):
+    """What each process does; the results go to `folder`."""
+    ldmseg.build_unet = ConvUNet
+    if world > 1:
+        ldmseg.setup_distributed("cpu")
+    stopped = ldmseg.any_rank([signal.SIGINT] * (rank == 0), "cpu")
+    torch.save({"scores": scores(), "stopped": stopped}, folder / f"rank{rank}.pt")
+    run_script(lambda: run_scripts(folder))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of the results of one process and of two."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ldmseg, "build_unet", ConvUNet)
+        work(0, 1, one)
+    on_two_ranks(work, 2, two)
+    return one, two
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_gradients_of_two_ranks_equal_those_of_one_process(folders, run):
+    """The first moment of Adam, a tenth of the gradients after one step."""
+    one, two = (torch.load(folder / run / "checkpoint.pt")["optimizer"]["state"].values()
+                for folder in folders)
+    largest = max(moments["exp_avg"].abs().max() for moments in one)
+    assert largest > 1e-4
+    for ours, theirs in zip(two, one, strict=True):
+        assert (ours["exp_avg"] - theirs["exp_avg"]).abs().max() < 1e-4 * largest
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_training_on_two_ranks_logs_what_one_process_logs(folders, run):
+    one, two = ((folder / run / "log.jsonl").read_text().splitlines() for folder in folders)
+    assert len(one) == len(two) == 2
+    for ours, theirs in zip(map(json.loads, two), map(json.loads, one)):
+        measured = {k: v for k, v in theirs.items() if k != "images_per_second"}
+        assert {k: ours[k] for k in measured} == pytest.approx(measured, rel=1e-3)
+
+
+def test_scores_and_the_wish_to_stop_are_shared(folders):
+    one, two = folders
+    files = one / "rank0.pt", two / "rank0.pt", two / "rank1.pt"
+    expected, *ranks = (torch.load(path)["scores"] for path in files)
+    assert expected["depth"]["n"] == 15 and 0 < expected["semantic"]["miou"] < 1
+    assert 0 < expected["panoptic"]["All"]["pq"] < expected["instance"]["All"]["pq"] < 1
+    assert [flat(rank) for rank in ranks] == [pytest.approx(flat(expected), rel=1e-9)] * 2
+    assert [torch.load(path)["stopped"] for path in files] == [True] * 3
+
+
+def test_two_ranks_write_the_samples_of_one_process(folders):
+    one, two = (folder / "samples" for folder in folders)
+    names = [sorted(path.relative_to(out) for path in out.rglob("*.*")) for out in (one, two)]
+    listed = [json.loads((out / "panoptic.json").read_text())["images"] for out in (one, two)]
+    assert names[0] == names[1] and listed[0] == listed[1] and len(listed[0]) == 5
+    for image in listed[0]:
+        paths = [out / "panoptic" / image["file_name"] for out in (one, two)]
+        theirs, ours = map(ldmseg.read_image, paths)
+        assert (ours != theirs).any(-1).mean() < 0.05 and np.unique(theirs).size > 1
+
+
+def test_the_inpainting_table_of_two_ranks_is_that_of_one_process(folders):
+    one, two = (json.loads((folder / "table.json").read_text()) for folder in folders)
+    assert [row["block"] for row in one] == [row["block"] for row in two] == [8, "strokes", 8]
+    for ours, theirs in zip(two, one):
+        assert ours["nearest label"] == pytest.approx(theirs["nearest label"], rel=1e-12)
+        for method in ("completion", "without the mask"):  # a pixel may round to another id
+            assert ours[method] == pytest.approx(theirs[method], abs=0.002)
+        assert 0.1 < theirs["nearest label"]["pq"] < 1 and theirs["completion"]["ids"] > 0.01

@@ -1,0 +1,70 @@
+"""The pictures of the README, from the shipped weights, run by hand: python tests/pictures.py
+
+assets/scenes.png      six of the 200 scenes, their PQ spread evenly from the median to the best
+assets/denoising.png   the x0 of steps 1, 5, 10, 20, 50 of one run, for three of the six
+assets/inpainting.png  two completions of three strokes in each segment, for two of the six
+
+A segment has the colour of the true one that it matches, or of its strokes; VOID is striped.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from inpaint import keep_strokes  # noqa: E402
+from ldmseg import (  # noqa: E402
+    ShapeScenes, colorize, draw, evaluate, image_tensor, load_model, match_ids, overlay,
+    panoptic_quality, picture, random_generator, save_grid,
+)  # fmt: skip
+
+
+def choose_scenes(model, count=6):
+    """Scenes and what 20 steps predict: of the better half, evenly spread, the best last."""
+    predict = partial(model.sample_tasks, tasks=["instance"], steps=20)
+    scenes = ShapeScenes("val", model.config.size)
+    _, shown = evaluate(predict, ["instance"], scenes, model.config, "cpu", pictures=len(scenes))
+    pairs = [(record, drawn["instance"]) for record, drawn in shown]
+    quality = [panoptic_quality(record["ids"], ids)["pq"] for record, ids in pairs]
+    chosen = np.argsort(quality)[np.linspace(len(pairs) // 2, len(pairs) - 1, count).astype(int)]
+    print("scene: PQ", {int(i): round(quality[i], 3) for i in chosen})
+    return [pairs[i] for i in chosen]
+
+
+def segmented(record, ids):
+    ids = match_ids(ids, record["ids"])
+    return [record["image"], colorize(record["ids"]), colorize(ids), overlay(record["image"], ids)]
+
+
+def denoised(model, record, steps):
+    image, truth, noise = record["image"], record["ids"], [(0, record["image_id"])]
+    x0 = model.sample(image_tensor(image, len(image))[None], noise, max(steps), return_all=True)
+    maps = (draw({"instance": x0[s - 1][0]}, "instance", truth.shape, model.config) for s in steps)
+    return [image, colorize(truth), *(picture(ids, "instance", truth) for ids, _ in maps)]
+
+
+def completed(model, record):
+    generator = random_generator(0, "strokes", record["image_id"])
+    given = record["ids"] * keep_strokes(record["ids"], generator)
+    one, _, confidence = model.complete(record["image"], given, return_confidence=True)
+    two, _ = model.complete(record["image"], given, seed=1)
+    gray = [(255 * g)[..., None].repeat(3, 2).astype(np.uint8) for g in (confidence, one != two)]
+    return [record["image"], *map(colorize, (given, one, two)), *gray]
+
+
+if __name__ == "__main__":
+    model, steps, assets = load_model(), (1, 5, 10, 20, 50), REPO / "assets"
+    chosen = choose_scenes(model)
+    halves, records = [segmented(*pair) for pair in chosen], [record for record, _ in chosen]
+    rows, titles = [a + b for a, b in zip(halves[::2], halves[1::2])], ["image", "truth"]
+    save_grid(assets / "scenes.png", [*titles, "prediction", "overlay"] * 2, rows, 128)
+    Image.open(assets / "scenes.png").quantize(256, dither=0).save(assets / "scenes.png")
+    save_grid(assets / "denoising.png", titles + [f"step {s}" for s in steps],
+              [denoised(model, record, steps) for record in records[::2]], 128)
+    titles = ["image", "given", "completed", "completed", "confidence", "where they differ"]
+    save_grid(assets / "inpainting.png", titles, [completed(model, r) for r in records[1:4:2]], 128)

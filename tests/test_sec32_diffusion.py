@@ -1,0 +1,433 @@
+"""Sec. 3.2: the noise schedule (Eq. 3), the UNet and its loss (Eq. 4, Alg. 1), the sampler (Eq. 5,
+Alg. 2), the image encoders (Table S3), the start from Stable Diffusion, and options of training.
+
+The oracles are diffusers, and values of the released code in tests/golden. (The UNet and samples
+of the released code: test_official.py.)"""
+
+import re
+from dataclasses import replace
+from unittest.mock import Mock
+
+import diffusers
+import ldmseg
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import train_ldm
+import transformers
+from conftest import GOLDEN, VAE, ConvUNet, gaussian, ldm_command, relative_error, small_config
+from ldmseg import (
+    PRESETS, Config, MaskAutoencoder, NoiseSchedule, UserError, build_unet, gaussian_latents,
+    load_model, random_generator,
+)  # fmt: skip
+from safetensors.torch import load_file, save_file
+
+STABLE_DIFFUSION = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                        clip_sample=False, timestep_spacing="trailing")
+KINDS = {"eps": "epsilon", "v": "v_prediction"}  # names of diffusers
+RELEASED = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "official/sched.npz").items()}
+ALMOST = dict(rtol=1e-5, atol=1e-5)
+
+
+# ---- noise schedule (Eq. 3, 5), and where noise comes from ----
+
+
+def test_alpha_bar_equals_diffusers_and_the_released_code():
+    of_diffusers = diffusers.DDIMScheduler(**STABLE_DIFFUSION).alphas_cumprod
+    for expected in (of_diffusers, RELEASED["alphas_cumprod"]):
+        np.testing.assert_allclose(NoiseSchedule().alpha_bar, expected, rtol=1e-4)
+
+
+def test_add_noise_mixes_signal_and_noise_by_alpha_bar():
+    schedule = NoiseSchedule()
+    schedule.alpha_bar[[10, 20]] = torch.tensor([0.64, 0.36])
+    x0, eps = torch.full((2, 4, 1, 1), 10.0), torch.full((2, 4, 1, 1), 100.0)
+    z_t = schedule.add_noise(x0, eps, torch.tensor([10, 20]))
+    torch.testing.assert_close(z_t[:, 0, 0, 0], torch.tensor([8 + 60.0, 6 + 80.0]))
+
+
+@pytest.mark.parametrize("t_next, eta, expected", [
+    (5, 0, 0.8 * 10 + 0.6 * 100),  # DDIM
+    (5, 1, 8 + (0.36 - 0.24609375) ** 0.5 * 100 + 0.24609375**0.5 * 7),  # 0.36/0.64 (1 - 0.36/0.64)
+    (-1, 0, 10), (-1, 1, 10)])  # the end
+def test_a_step_is_equation_5_counted_by_hand(t_next, eta, expected):
+    schedule = NoiseSchedule()
+    schedule.alpha_bar[[10, 5]] = torch.tensor([0.36, 0.64])
+    x0, eps = torch.full((1, 4, 1, 1), 10.0), torch.full((1, 4, 1, 1), 100.0)
+    z = schedule.step(x0, eps, 10, t_next, eta, 7.0)
+    torch.testing.assert_close(z, torch.full((1, 4, 1, 1), expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("paper", [0.004, 0.1, 0.5, 1, 1, 1]), ("none", [1, 1, 1, 1, 1, 1])])
+def test_paper_weights_rise_linearly_over_a_quarter_then_stay_1(kind, expected):
+    weights = NoiseSchedule().weights(kind)[[0, 24, 124, 249, 250, 999]]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_released_weights_clamp_the_signal_to_noise_ratio_at_2():
+    schedule, expected = NoiseSchedule(), RELEASED["w_max_clamp_snr"]
+    np.testing.assert_allclose(schedule.weights("released"), expected, rtol=1e-4)
+    schedule.alpha_bar[[0, 1, 2, 3]] = torch.tensor([0.99, 0.8, 0.5, 0.01])  # SNR 99, 4, 1, 1/99
+    torch.testing.assert_close(schedule.weights("released")[:4], torch.tensor([2 / 99, 0.5, 1, 1]))
+
+
+@pytest.mark.parametrize("steps, expected", [
+    (1, [999]), (3, [999, 666, 332]), (4, [999, 749, 499, 249]), (50, list(range(999, 0, -20))),
+    (7, [999, 856, 713, 570, 428, 285, 142]), (1000, list(range(999, -1, -1)))])
+def test_timesteps_are_evenly_spaced_from_the_noisiest(steps, expected):
+    assert NoiseSchedule().timesteps(steps) == expected
+
+
+def test_draws_depend_on_seed_purpose_and_position_only():
+    def draw(*key):
+        return random_generator(*key).random(4).tolist()
+
+    keys = [(0, "noise", 7), (1, "noise", 7), (0, "points", 7), (0, "noise", 8), (7, "noise", 0),
+            (0, "noise", "cat.jpg"), (0, "noise", "dog.jpg"), (0, "noise", 10**12)]
+    first = [draw(*key) for key in keys]
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert [draw(*key) for key in reversed(keys)] == first[::-1]
+    assert len({tuple(numbers) for numbers in first}) == len(keys)
+    name = int.from_bytes(b"name ab")
+    by_hand = np.random.default_rng([name, 3, ldmseg.PURPOSES.index("noise")])
+    assert draw(3, "noise", "ab") == by_hand.random(4).tolist()
+
+
+def test_noise_is_standard_normal_and_an_images_own_in_any_batch_and_order():
+    def noise_of(*positions):  # two draws of each, (2, B, 4, 32, 32)
+        of = [random_generator(0, "noise", position) for position in positions]
+        return torch.stack([gaussian_latents(of, Config(size=256), "cpu") for _ in range(2)])
+
+    noise = noise_of(5, 6, 7)
+    assert noise.shape == (2, 3, 4, 32, 32) and noise.dtype == torch.float32
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
+    assert torch.equal(noise_of(7, 5, 6), noise[:, [2, 0, 1]])
+    assert torch.equal(noise_of(6), noise[:, 1:2])
+    assert len(noise.flatten(0, 1).flatten(1).unique(dim=0)) == 6
+
+
+# ---- UNet and its loss (Eq. 4, Alg. 1) ----
+
+
+@pytest.mark.parametrize("tasks, expected", [((), 815_556_484), (("instance",), 859_544_004)])
+def test_the_papers_unet_has_the_papers_parameters(tasks, expected):
+    with torch.device("meta"):  # shapes without memory
+        unet = build_unet(replace(PRESETS["paper"], tasks=tasks), image_channels=4)
+    assert sum(p.numel() for p in unet.parameters()) == expected
+    assert unet.conv_in.weight.shape == (320, 12, 3, 3)
+
+
+def loss_inputs(batch=2):
+    """image, ids without VOID, eps and t for stub_model's size."""
+    ids = torch.ones(batch, 32, 32, dtype=torch.long)
+    ids[:, 10:], ids[:, :, 20:] = 4, 6
+    return gaussian(batch, 3, 32, 32), ids, gaussian(batch, 4, 4, 4, seed=1), torch.arange(batch)
+
+
+@pytest.mark.parametrize("prediction", KINDS)
+def test_the_loss_of_a_perfect_prediction_is_0(stub_model, prediction):
+    model, t = stub_model(None, prediction=prediction), torch.tensor([30, 900])
+    image, ids, eps, _ = loss_inputs()
+    alpha_bar = model.schedule.alpha_bar[t].view(2, 1, 1, 1)
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * model.encode_mask(ids)
+    model.unet.function = lambda inputs, t: eps if prediction == "eps" else v
+    assert max(model.diffusion_loss(image, ids, eps, t, False)) < 1e-10
+
+
+def test_a_cell_counts_if_its_centre_pixel_is_not_void(stub_model):
+    output = torch.zeros(1, 4, 4, 4, requires_grad=True)
+    model = stub_model(lambda inputs, t: output)
+    image, ids, eps, t = loss_inputs(batch=1)
+    ids[0, :8, 8:] = 0  # all cells of the first row but one
+    ids[0, 20, 12] = 0  # the centre of cell (2, 1)
+    ids[0, 24:, :] = 0
+    ids[0, 28, 4::8] = 5  # but not the centres of the last row
+    model.diffusion_loss(image, ids, eps, t, False)[0].backward()
+    counted = output.grad.abs().sum((0, 1)) > 0
+    assert counted.int().tolist() == [[1, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1]]
+
+
+def test_the_loss_is_a_weighted_mean_over_cells_that_count_and_the_error_a_plain_one(stub_model):
+    model = stub_model(lambda inputs, t: torch.zeros(2, 4, 4, 4), prediction="eps")
+    image, ids, _, _ = loss_inputs()
+    ids[0, :, 8:] = 0  # 4 cells of the first image and 16 of the second count
+    model.loss_weights[[7, 8]] = torch.tensor([10.0, 100.0])
+    eps = torch.ones(2, 4, 4, 4)
+    eps[0] = 3
+    loss, error = model.diffusion_loss(image, ids, eps, torch.tensor([7, 8]), False)
+    assert loss.item() == pytest.approx((4 * 10 * 9 + 16 * 100 * 1) / 20)
+    assert error.item() == pytest.approx((4 * 9 + 16 * 1) / 20) and not error.requires_grad
+
+
+def test_the_loss_of_an_all_void_batch_is_0(stub_model):
+    output = torch.ones(2, 4, 4, 4, requires_grad=True)
+    model = stub_model(lambda inputs, t: output)
+    image, ids, eps, t = loss_inputs()
+    loss, error = model.diffusion_loss(image, torch.zeros_like(ids), eps, t, False)
+    loss.backward()
+    assert loss == error == 0 and output.grad.abs().max() == 0
+
+
+def test_self_conditioning_feeds_the_first_estimate_without_gradient(stub_model):
+    weight, calls = torch.ones((), requires_grad=True), []
+
+    def unet(inputs, t):
+        calls.append((inputs, weight * (inputs[:, :4] + 1)))
+        return calls[-1][1]
+
+    model = stub_model(unet, prediction="eps")
+    image, ids, eps, t = loss_inputs()
+    model.diffusion_loss(image, ids, eps, t, True)[0].backward()
+    (first_input, first_output), (second_input, second_output) = calls
+    assert first_input[:, -4:].abs().max() == 0
+    estimate = model.schedule.predict_x0(first_input[:, :4], first_output, t)
+    assert torch.equal(second_input[:, -4:], estimate)
+    assert not first_output.requires_grad and second_output.requires_grad
+    model.diffusion_loss(image, ids, eps, t, False)
+    assert len(calls) == 3 and calls[2][0][:, -4:].abs().max() == 0
+
+
+def test_the_patch_stem_learns_and_the_autoencoder_is_frozen(stub_model):
+    model = stub_model(lambda inputs, t: inputs[:, 4:8])
+    model.diffusion_loss(*loss_inputs(), True)[0].backward()
+    assert all(p.grad is not None for p in model.image_encoder.parameters())
+    assert not any(p.requires_grad for p in model.autoencoder.parameters())
+
+
+# ---- sampler (Eq. 5, Alg. 2) ----
+
+
+def mixing_unet(inputs, t):
+    """A UNet whose output depends on all of its inputs."""
+    mixed = torch.einsum("oc,bchw->bohw", gaussian(4, 24) / 30, inputs)
+    return (mixed + t.view(-1, 1, 1, 1) / 1000).tanh()
+
+
+@pytest.mark.parametrize("eta, steps", [(0, 1), (0, 4), (0, 50), (1, 1), (1, 7), (1, 50)])
+@pytest.mark.parametrize("prediction", KINDS)
+def test_ddim_and_ddpm_equal_diffusers(stub_model, monkeypatch, eta, prediction, steps):
+    z_image, draws = gaussian(2, 16, 4, 4, seed=1), gaussian(steps + 1, 2, 4, 4, 4, seed=2)
+    theirs, ours = iter(draws[1:]), iter(draws)
+    monkeypatch.setattr(diffusers.schedulers.scheduling_ddpm, "randn_tensor",
+                        lambda *_, **__: next(theirs))
+    monkeypatch.setattr(ldmseg, "gaussian_latents", lambda *_: next(ours))
+    options = STABLE_DIFFUSION | {"prediction_type": KINDS[prediction]}
+    scheduler = diffusers.DDPMScheduler(**options) if eta else diffusers.DDIMScheduler(**options)
+    scheduler.set_timesteps(steps)
+    z_t, x0, expected = draws[0], torch.zeros(2, 4, 4, 4), []
+    for t in scheduler.timesteps:
+        step = scheduler.step(mixing_unet(torch.cat([z_t, z_image, x0], 1), t.expand(2)), t, z_t)
+        z_t, x0 = step.prev_sample, step.pred_original_sample
+        expected.append(x0)
+    model = stub_model(mixing_unet, prediction=prediction)
+    model.encode_image, model.decode = lambda image: z_image, lambda z, task: z
+    every = torch.stack(model.sample(z_image, [(0, 0), (0, 1)], steps, eta, return_all=True))
+    assert relative_error(every, torch.stack(expected)) < 1e-4
+    assert relative_error(every[-1], z_t) < 1e-4
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_samples_depend_on_their_own_noise_and_image_only(stub_model, eta):
+    model = stub_model(lambda inputs, t: (inputs[:, :4] + inputs[:, 4:8] + inputs[:, -4:]).sin())
+    image, noise = gaussian(2, 3, 32, 32), [(0, 5), (0, "name")]
+    together = model.sample(image, noise, 3, eta)
+    torch.testing.assert_close(model.sample(image[1:], noise[1:], 3, eta), together[1:])
+    for changed in (image[:1], noise[1:]), (image[1:], noise[:1]), (image[1:], [(1, "name")]):
+        assert relative_error(model.sample(*changed, 3, eta), together[1:]) > 0.01
+
+
+# ---- image encoders, and the start from Stable Diffusion ----
+
+UNET = dict(sample_size=4, block_out_channels=(32, 64), layers_per_block=2, attention_head_dim=2,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=16,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+LIKE_UNET = ["unet_widths=32,64", "unet_attention=1,0", "unet_layers=2", "unet_heads=2"]
+
+
+def save_sd(folder, vae=None, **changes):
+    """A folder of a small random Stable Diffusion."""
+    torch.manual_seed(2)
+    for name, part in ("vae", vae), ("unet", diffusers.UNet2DConditionModel(**UNET | changes)):
+        if part:
+            part.save_pretrained(folder / name)
+    return folder
+
+
+def sd_model(folder, **changes):
+    config = ldmseg.override(small_config(**{"image_encoder": "sd"} | changes), LIKE_UNET, "ldm")
+    return train_ldm.build_model(config, [MaskAutoencoder(config)], str(folder))
+
+
+def sd_command(data, ae, out, sd, *options):
+    return [*ldm_command(data, ae, out, *LIKE_UNET, *options), "--sd", str(sd),
+            "--image-encoder", "sd"]
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(1)
+    return diffusers.AutoencoderKL(**VAE, scaling_factor=0.3).eval()
+
+
+@pytest.fixture(scope="module")
+def sd_folder(tmp_path_factory, vae):
+    return save_sd(tmp_path_factory.mktemp("sd"), vae)
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    """A small random DINOv2, its folder, and the encoder made from the folder."""
+    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                       image_size=56, patch_size=14)
+    model, folder = transformers.Dinov2Model(config).eval(), tmp_path_factory.mktemp("dinov2")
+    model.embeddings.position_embeddings.data = gaussian(1, 17, 32)
+    model.save_pretrained(folder)
+    ours = small_config(image_encoder="dinov2", dinov2=str(folder))
+    weights, ours = train_ldm.pretrained_encoder(ours, "none")
+    encoder = ldmseg.DINOv2Encoder(ours).eval()
+    encoder.layers.load_state_dict(weights)
+    return model, folder, encoder
+
+
+@pytest.mark.parametrize("image_scale, factor", [(0.0, 0.3), (2.0, 2.0)])  # 0: that of the VAE
+@torch.no_grad()
+def test_the_sd_encoder_gives_scaled_mean_latents(sd_folder, vae, image_scale, factor):
+    image, model = gaussian(2, 3, 32, 32), sd_model(sd_folder, image_scale=image_scale)
+    expected = factor * vae.encode(image).latent_dist.mean
+    assert relative_error(model.encode_image(image), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_dinov2_latents_are_the_patch_tokens_of_the_normalised_image(dinov2):
+    image = gaussian(2, 3, 32, 48).clamp(-1, 1)
+    pixels = F.interpolate(image, (56, 84), mode="bilinear", antialias=True) / 2 + 0.5
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    model, _, encoder = dinov2
+    tokens = model((pixels - mean) / std).last_hidden_state  # (B, 1 + h w, C), CLS first
+    latents = encoder(image)  # (2, 32, 4, 6)
+    for i, j in np.ndindex(4, 6):
+        torch.testing.assert_close(latents[:, :, i, j], tokens[:, 1 + 6 * i + j])
+
+
+@pytest.mark.parametrize("kind", ["sd", "dinov2"])
+def test_frozen_encoders_never_run_in_float16(sd_folder, dinov2, kind):
+    encoder = dinov2[2] if kind == "dinov2" else sd_model(sd_folder).image_encoder
+    seen, image = [], gaussian(1, 3, 32, 32)
+    encoder.layers.register_forward_pre_hook(lambda *_: seen.append(
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")))
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert encoder(image).dtype == torch.float32
+    encoder(image)
+    assert seen == [False, torch.bfloat16, False]
+
+
+@torch.no_grad()
+def test_at_first_the_output_is_stable_diffusions_whatever_the_image(sd_folder):
+    model, z_t, t = sd_model(sd_folder), gaussian(2, 4, 4, 4), torch.tensor([7, 800])
+    unet = diffusers.UNet2DConditionModel.from_pretrained(sd_folder / "unet")
+    for module in unet.modules():
+        if isinstance(module, diffusers.models.attention.BasicTransformerBlock):
+            module.attn2 = module.norm2 = None
+    expected = unet(z_t, t, encoder_hidden_states=None).sample
+    for seed in (1, 2):
+        z_image = model.encode_image(gaussian(2, 3, 32, 32, seed=seed))
+        output, *_ = model.predict(z_t, z_image, gaussian(2, 4, 4, 4, seed=10 * seed), t)
+        assert relative_error(output, expected) < 1e-6
+
+
+def test_only_the_unet_learns_and_it_learns_to_read_the_image(sd_folder):
+    model = sd_model(sd_folder)
+    model.diffusion_loss(*loss_inputs(), True)[0].backward()
+    learning = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert learning == {"unet"}
+    assert not any(p.requires_grad for p in model.image_encoder.parameters())
+    assert all(p.requires_grad for p in model.unet.parameters())  # but with freeze_time=1
+    assert model.unet.conv_in.weight.grad[:, 4:8].abs().max() > 0
+
+
+def test_a_run_from_stable_diffusion_resumes_and_keeps_what_is_frozen(
+        data, tiny_run, sd_folder, tmp_path, monkeypatch, capsys):
+    command = sd_command(data, tiny_run.ae, tmp_path, sd_folder, "freeze_time=1")
+    for steps in ("1", "2"):
+        train_ldm.main([*command, "--steps", steps])
+    assert "resuming from step 1" in capsys.readouterr().out
+    first = sd_model(sd_folder).state_dict()
+    for kind in (diffusers.AutoencoderKL, diffusers.UNet2DConditionModel):
+        monkeypatch.setattr(kind, "from_pretrained", None)  # the folder is not needed any more
+    same = {k for k, v in load_model(tmp_path).state_dict().items() if torch.equal(v, first[k])}
+    frozen = {k for k in first if k.startswith(("image_encoder.", "unet.time_embedding."))}
+    assert frozen <= same and not same & {"unet.conv_in.weight", "unet.conv_out.weight"}
+
+
+def test_stage_2_resumes_with_dinov2_which_does_not_change(data, tiny_run, dinov2, tmp_path):
+    command = ldm_command(data, tiny_run.ae, tmp_path, f"dinov2={dinov2[1]}")
+    for steps in ("1", "2"):
+        train_ldm.main([*command, "--image-encoder", "dinov2", "--steps", steps])
+    model = load_model(tmp_path)
+    assert model.unet.conv_in.weight.shape[1] == 4 + 32 + 4
+    ours, theirs = model.image_encoder.layers.state_dict(), dinov2[0].state_dict()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("there, missing", [("unet", "vae"), ("vae", "unet")])
+def test_a_folder_that_is_no_stable_diffusion_is_told_the_missing_file(
+        sd_folder, tmp_path, there, missing):
+    (tmp_path / there).symlink_to(sd_folder / there)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/{missing}/config.json: no such file"):
+        sd_model(tmp_path)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(norm_num_groups=16), "norm_num_groups 16, expected 32"),
+    (dict(attention_head_dim=(2, 4)), "attention_head_dim [2, 4], expected 2")])
+def test_another_version_of_stable_diffusion_is_told_what_differs(tmp_path, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        sd_model(save_sd(tmp_path, **changes), image_encoder="patch")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named(
+        complaint, data, tiny_run, tmp_path, monkeypatch):
+    fail = Mock(side_effect=OSError("We couldn't connect\nto the hub"))
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", fail)
+    line = complaint(train_ldm.main, *sd_command(data, tiny_run.ae, tmp_path, "some/id"))
+    assert line.startswith("some/id: ") and "We couldn't connect to the hub" in line
+
+
+def test_a_folder_that_lacks_weights_is_refused(dinov2, tmp_path):
+    dinov2[0].save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["layernorm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = small_config(image_encoder="dinov2", dinov2=str(tmp_path))
+    with pytest.raises(UserError, match="lacks 1 weights, the first layernorm.weight"):
+        train_ldm.pretrained_encoder(config, "none")
+
+
+# ---- options of training ----
+
+
+def test_checkpointing_recomputes_and_changes_no_weight(data, tiny_run, tmp_path, monkeypatch):
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint",
+                        lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+    train_ldm.main(ldm_command(data, tiny_run.ae, tmp_path, "checkpointing=1"))
+    assert calls
+    ours, expected = (load_model(run).state_dict() for run in (tmp_path, tiny_run.ldm))
+    torch.testing.assert_close(ours, expected, **ALMOST)
+
+
+def test_compile_compiles_the_unet_and_changes_no_weight(data, tiny_run, tmp_path, monkeypatch):
+    compiled, original = [], nn.Module.compile
+    monkeypatch.setattr(ldmseg, "build_unet", ConvUNet)
+    monkeypatch.setattr(nn.Module, "compile", lambda self: (
+        compiled.append(type(self)) or original(self, backend="eager")))
+    runs = [tmp_path / "0", tmp_path / "1"]
+    for run in runs:
+        train_ldm.main(ldm_command(data, tiny_run.ae, run, f"compile={run.name}"))
+    assert compiled == [ConvUNet]
+    torch.testing.assert_close(*(load_model(run).state_dict() for run in runs), **ALMOST)

@@ -26,8 +26,8 @@ from scipy import ndimage
 from ldmseg import (
     VOID, CommandLine, LDMSeg, PanopticQuality, UserError, colorize, continue_given, draw,
     evaluation_batches, is_main, keep_blocks, match_ids, open_dataset, random_generator,
-    read_image, reading, resize_nearest, rgb2id, run_script, save_grid, segments_of, start_script,
-    whole_number, write_json, write_panoptic, write_panoptic_json,
+    read_image, reading, require, resize_nearest, rgb2id, run_script, save_grid, segments_of,
+    start_script, whole_number, write_json, write_panoptic, write_panoptic_json,
 )  # fmt: skip
 
 METHODS = ("completion", "nearest label", "without the mask")
@@ -92,9 +92,8 @@ def complete_image(model, args, autocast):
     image, name = read_image(args.image), Path(args.image).name
     given, count = read_mask(args.mask), args.variations
     stretch = given.shape[0] / given.shape[1] * image.shape[1] / image.shape[0]
-    if abs(stretch - 1) > 0.02:
-        raise UserError(f"{args.mask}: {given.shape} pixels, expected the aspect of the image of "
-                        f"{image.shape[:2]}")
+    require(abs(stretch - 1) < 0.02, f"{args.mask}: {given.shape} pixels, expected the aspect of "
+            f"the image of {image.shape[:2]}")
     names = [f"{Path(name).stem}_{k + 1}" for k in range(count)] if count > 1 else [name]
     written = [Path(args.out, "panoptic", n).with_suffix(".png").resolve() for n in names]
     if Path(args.mask).resolve() in written:

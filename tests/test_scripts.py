@@ -6,6 +6,8 @@ The oracle is the truth of generated scenes; of what scripts write, COCO's panop
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import evaluate
 import inpaint
@@ -15,7 +17,7 @@ import pytest
 import sample
 import train_ae
 import train_ldm
-from conftest import ON_CPU, areas_of
+from conftest import ON_CPU, REPO, areas_of
 from ldmseg import SHIPPED, Config, ShapeScenes, load_model, override, panoptic_quality, read_image
 from PIL import Image
 
@@ -215,3 +217,9 @@ def test_a_mistake_is_named_in_one_line(complaint, tiny_run, tmp_path, script, f
     line = complaint(SCRIPTS[script].main, *out, *ON_CPU, *flags.format(**names).split())
     assert message.format(**names) in line
     assert (tmp_path / "notes.txt").read_text() == "kept" and not (tmp_path / "out").exists()
+
+
+def test_help_of_a_script_imports_neither_diffusers_nor_transformers():
+    code = ("import sys, train_ldm\ntry: train_ldm.main(['-h'])\nexcept SystemExit: "
+            "sys.exit(sum(name in sys.modules for name in ('diffusers', 'transformers')))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True).returncode == 0

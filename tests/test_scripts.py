@@ -222,4 +222,5 @@ def test_a_mistake_is_named_in_one_line(complaint, tiny_run, tmp_path, script, f
 def test_help_of_a_script_imports_neither_diffusers_nor_transformers():
     code = ("import sys, train_ldm\ntry: train_ldm.main(['-h'])\nexcept SystemExit: "
             "sys.exit(sum(name in sys.modules for name in ('diffusers', 'transformers')))")
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True)
+    assert done.returncode == 0

@@ -25,7 +25,7 @@ from scipy import ndimage
 
 from ldmseg import (
     VOID, CommandLine, LDMSeg, PanopticQuality, UserError, colorize, continue_given, draw,
-    evaluation_batches, is_main, keep_blocks, match_ids, open_dataset, random_generator,
+    evaluation_batches, is_main, keep_blocks, align_ids, open_dataset, random_generator,
     read_image, reading, require, resize_nearest, rgb2id, run_script, save_grid, segments_of,
     start_script, whole_number, write_json, write_panoptic, write_panoptic_json,
 )  # fmt: skip
@@ -112,7 +112,7 @@ def complete_image(model, args, autocast):
         for n, mask, info in zip(names, masks, segments)])
     gray = {"confidence": np.mean(confidence, 0)}
     if count > 1:  # where a pixel is in another segment than in the first completion
-        others = [match_ids(mask, masks[0]) != masks[0] for mask in masks[1:]]
+        others = [align_ids(mask, masks[0]) != masks[0] for mask in masks[1:]]
         gray["where they differ"] = np.mean(others, 0)
     pictures = [image, *map(colorize, (resize_nearest(given, image.shape[:2]), *masks))]
     pictures += [np.repeat((255 * g).astype(np.uint8)[..., None], 3, 2) for g in gray.values()]
@@ -214,7 +214,7 @@ def run_experiment(model, args, device, autocast):
                 for method, drawn in zip(METHODS, maps):
                     scores[row][method].add(record, drawn, ids, known)
                 if first and i == 0:
-                    shown = ids, ids * known, *(match_ids(one, ids) for one in maps)
+                    shown = ids, ids * known, *(align_ids(one, ids) for one in maps)
                     pictures.append([record["image"], *map(colorize, shown)])
     report(args, blocks, pictures, [
         {"block": block, "drop_rate": rate} | {m: s.result(device) for m, s in row.items()}

@@ -33,7 +33,7 @@ import time
 from collections import Counter, OrderedDict, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from glob import iglob
 from io import BytesIO
 from itertools import pairwise
@@ -51,6 +51,7 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.io import ImageReadMode, decode_png
@@ -102,11 +103,13 @@ class Config:
     latents: str = knob("deterministic", "kind (Fig. 8)", ("deterministic", "gaussian"), "ae")
     kl_weight: float = knob(0.0, "of the KL term of gaussian latents", AMOUNT, "ae")
     points: int = knob(410, "per image (cross-entropy) or segment (mask)", COUNT, "ae")
-    ae_steps: int = knob(1650, "optimizer steps", COUNT, "ae")
-    ae_batch: int = knob(32, "images per step", COUNT, "ae")
+    ae_steps: int = knob(3000, "optimizer steps", COUNT, "ae")
+    ae_batch: int = knob(16, "images per step", COUNT, "ae")
     ae_lr: float = knob(2e-3, "learning rate", AMOUNT, "ae")
     ae_clip: float = knob(3.0, "highest gradient norm", AMOUNT, "ae")
     # stage 2
+    ids: str = knob("matched", "of segments, to the noise", ("matched", "random"), "ldm")
+    timesteps: str = knob("noisy", "of training", ("uniform", "noisy"), "ldm")
     mask_scale: float = knob(0.0, "factor s of mask latents; 0: gives mask_std", AMOUNT, "ldm")
     mask_std: float = knob(0.7, "standard deviation of mask latents", AMOUNT, "ldm")
     depth_scale: float = knob(0.0, "of depth latents; 0: measured", AMOUNT, "ldm")
@@ -136,7 +139,7 @@ class Config:
     eval_steps: int = knob(20, "sampling steps when it is evaluated", (1, 1000), "ldm")
     # both stages
     warmup: int = knob(200, "steps until the full learning rate", AMOUNT)
-    lr_schedule: str = knob("constant", "after the warm-up", ("constant", "cosine"))
+    lr_schedule: str = knob("cosine", "after the warm-up", ("constant", "cosine"))
     weight_decay: float = knob(0.05, "of AdamW, none on norms and biases", AMOUNT)
     ema: float = knob(0.999, "decay of the weights' moving average; 0: off", SHARE)
     zero: int = knob(0, "1: ranks share the optimizer's state (ZeRO stage 1)", SHARE)
@@ -188,7 +191,7 @@ PRESETS = {
     "paper": Config(
         preset="paper", size=512, bits=7, ae_widths=(32, 64, 128, 256), points=12544,
         ae_steps=60_000, ae_batch=16, ae_lr=1e-4, mask_scale=0.18215, image_scale=0.18215,
-        prediction="eps", task_width=768, image_encoder="sd", freeze_time=1,
+        lr_schedule="constant", ids="random", prediction="eps", task_width=768, image_encoder="sd", freeze_time=1,
         unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0), unet_layers=2,
         unet_heads=8, ldm_steps=200_000, ldm_batch=256, ldm_lr=1e-4, min_area=512)}
 
@@ -279,6 +282,26 @@ def random_relabel(ids, num_ids, generator):
     """Random distinct ids for the segments of NumPy ids in [0, N-1]; VOID stays."""
     new_id = np.append(VOID, 1 + generator.permutation(num_ids - 1))
     return new_id[ids]
+
+
+def match_ids(ids, eps, id_latents):
+    """The new id of each old one, int64 (B, N): those that Gaussian noise favours, the
+    permutation whose latents are nearest to eps; VOID stays. ids int64 (B, H, W), eps
+    (B, 4, h, w), id_latents (N, 4). NOTE: paper: random ids; here the noise chooses them,
+    because an image with its noise then has one right mask, and few steps find it."""
+    N, cells = len(id_latents), eps.shape[-2:]
+
+    # how well the noise of a cell fits the latent of each id
+    fit = torch.einsum("bchw,nc->bnhw", eps, id_latents)
+    fit = fit - 0.5 * id_latents.square().sum(1).view(1, N, 1, 1)
+
+    # summed over a segment's cells, by the share of their pixels that are in it
+    share = [F.adaptive_avg_pool2d((ids == segment).float(), cells) for segment in range(N)]
+    score = torch.einsum("bshw,bnhw->bsn", torch.stack(share, 1), fit).cpu()
+
+    # the best assignment; ids that no pixel has take what is left
+    best = [linear_sum_assignment(one[1:, 1:], maximize=True)[1] for one in score]
+    return F.pad(torch.from_numpy(1 + np.stack(best)), (1, 0)).to(ids.device)
 
 # ---- 4. Shallow autoencoder (Sec. 3.1, "Architectural Design") -------------------------
 
@@ -659,6 +682,21 @@ class LDMSeg(nn.Module):
         z = self.autoencoder.encode(self.autoencoder.code(ids))
         return z.float() * self.config.mask_scale
 
+    def match_to_noise(self, ids, eps):
+        """ids int64 (B, H, W) -> the same map with the ids that the noise favours, if
+        config.ids says so, and the new id of each old one, int64 (B, N)."""
+        new_ids = torch.arange(self.config.num_ids, device=ids.device).expand(len(ids), -1)
+        if self.config.ids == "matched":
+            new_ids = match_ids(ids, eps, self.id_latents)
+        return new_ids.gather(1, ids.flatten(1)).view_as(ids), new_ids
+
+    @cached_property
+    def id_latents(self):
+        """Latents of each id, (N, 4), scaled: the middle cell of a map of nothing else."""
+        size, ids = self.config.size, torch.arange(self.config.num_ids, device=self.device)
+        maps = [self.encode_mask(id.expand(1, size, size)) for id in ids]
+        return torch.cat(maps)[:, :, size // 16, size // 16]
+
     @torch.no_grad()
     def clean_latents(self, ids, depth, task):
         """x0 (B, 4, h, w), scaled, and its valid pixels (B, H, W): of depth in the samples
@@ -703,13 +741,18 @@ class LDMSeg(nn.Module):
         signal, noise = self.schedule.signal_and_noise(t)
         return output, signal * z_t - noise * output, noise * z_t + signal * output
 
-    def diffusion_loss(self, image, ids, eps, t, self_condition, known=None, task=None, depth=None):
+    def diffusion_loss(self, image, ids, eps, t, self_condition, known=None, task=0, depth=None):
         """Eq. 4: squared error of the prediction (eps or v), weighted by timestep; and without
         weights. image (B, 3, H, W), ids int64, known bool, depth (B, H, W), eps (B, 4, h, w)
         Gaussian, t, task int64 (B,). self_condition: feed a first estimate of x0 (Sec. 4.1,
         Analog Bits); known: feed these pixels, to finetune for `inpaint`. NOTE: paper: a sum
         over C, h, w, a mean over images; here a mean over all cells that are not VOID, because
         the learning rate then fits all sizes, and VOID has no truth."""
+        # each segment takes the id that its noise favours; classes and depth have one answer
+        matched, _ = self.match_to_noise(ids, eps)
+        is_free = torch.tensor([name != "semantic" for name in self.config.tasks or TASKS])
+        ids = torch.where(is_free.to(ids.device)[task].view(-1, 1, 1), matched, ids)
+
         # z_t = f_t(y) * s; z_i = f_i(x) * s
         x0, valid = self.clean_latents(ids, depth, task)
         z_image = self.encode_image(image)
@@ -777,10 +820,13 @@ class LDMSeg(nn.Module):
         with known ones (like RePaint, which repeats the step back)."""
         generators = [random_generator(seed, "noise", position) for seed, position in noise]
 
-        # z_i = f_i(x) * s; z_t_masked = f_t(y) * s; m at 1/8; z_t = Gaussian noise
+        # z_t = Gaussian noise; given segments take the ids that it favours
+        z_t = gaussian_latents(generators, self.config, self.device)
+        ids, new_ids = self.match_to_noise(ids * known, z_t)
+
+        # z_i = f_i(x) * s; z_t_masked = f_t(y) * s; m at 1/8
         z_image = self.encode_image(image)
         z_known, touched, complete = self.encode_known(ids, known)
-        z_t = gaussian_latents(generators, self.config, self.device)
         x0 = torch.zeros_like(z_t)
         for t, t_next in pairwise([*self.schedule.timesteps(steps), -1]):
             for repeat in range(repeats):
@@ -799,8 +845,9 @@ class LDMSeg(nn.Module):
             # z_t = add_noise(x0, noise_pred, j_prev), Eq. 3: what Eq. 5 does with eta 0
             z_t = self.schedule.step(x0, eps, t, t_next)
 
-        # y_pred = g(z_t)
-        return self.decode(z_t)
+        # y_pred = g(z_t), with the caller's ids
+        logits = self.decode(z_t)
+        return logits.gather(1, new_ids[:, :, None, None].expand_as(logits))
 
     def sample_tasks(self, batch, tasks, steps, eta=0.0):
         """{task: output}, what `draw` needs for tasks, of a batch {"image", "noise"}."""
@@ -1004,41 +1051,30 @@ class DepthQuality:
 
 # ---- 11. Generated scenes --------------------------------------------------------------
 
-sin, cos, maximum = np.sin, np.cos, np.maximum
-TINTS = {"sky": (0.55, 0.7, 0.95), "hills": (0.5, 0.5, 0.45), "grass": (0.4, 0.65, 0.3),
-         "sand": (0.85, 0.75, 0.5), "water": (0.3, 0.5, 0.7)}  # fmt: skip
-TEXTURES = {  # brightness at x, y; n is small where it is finer; a, b, c: random angles
-    "sky": lambda x, y, n, a, b, c: 0.3 * (y - 0.3) + 0.12 * sin(7 * y + a + 2 * sin(4 * x + b)),
-    "hills": lambda x, y, n, a, b, c: 0.25 * abs((5 * x + 3 * abs(y - 0.5) + a) % 1 - 0.5),
-    "grass": lambda x, y, n, a, b, c: (
-        0.22 * sin(70 * x / n + 3 * sin(23 * y + a)) * sin(31 * y / n + b)),
-    "sand": lambda x, y, n, a, b, c: 0.13 * sin(45 * y / n + 2.5 * sin(9 * x + a)),
-    "water": lambda x, y, n, a, b, c: (
-        0.2 * sin(38 * y / n + a) * sin(14 * x / n + 6 * sin(11 * y + b) + c)),
-}
-OUTLINES = {  # below 1 inside of the shape; x, y: local coordinates; r, a: the same, polar
-    "ball": lambda x, y, r, a: r,
-    "box": lambda x, y, r, a: maximum(abs(x), 1.25 * abs(y)) / 0.9,
-    "cone": lambda x, y, r, a: maximum(1.73 * abs(x) + y, -2 * y) / 1.25,
-    "star": lambda x, y, r, a: r / (0.78 + 0.26 * cos(5 * a)),
-    "ring": lambda x, y, r, a: maximum(r, 1 + 1.2 * (0.36 - r)),
-    "cross": lambda x, y, r, a: (
-        maximum(maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y)) / 0.45)),
-    "blob": lambda x, y, r, a: r / (0.8 + 0.2 * sin(3 * a)),  # has no label
-}
+sin, maximum, minimum = np.sin, np.maximum, np.minimum
+STUFF = {  # tint; contrast, waves across and down, how far they bend
+    "sky": ((0.55, 0.7, 0.95), 0.1, 1, 7, 2), "hills": ((0.5, 0.5, 0.45), 0.2, 12, 8, 4),
+    "grass": ((0.4, 0.65, 0.3), 0.22, 70, 31, 3), "sand": ((0.85, 0.75, 0.5), 0.13, 2, 45, 2.5),
+    "water": ((0.3, 0.5, 0.7), 0.2, 14, 38, 6)}  # fmt: skip
+THINGS = {  # outlines, below 1 inside; x, y: local coordinates, r: distance from their origin
+    "ball": lambda x, y, r: r,
+    "box": lambda x, y, r: maximum(abs(x), 1.25 * abs(y)) / 0.9,
+    "cone": lambda x, y, r: maximum(1.73 * abs(x) + y, -2 * y) / 1.25,
+    "star": lambda x, y, r: r / (0.78 + 0.26 * sin(5 * np.arctan2(y, x))),
+    "ring": lambda x, y, r: maximum(r, 1 + 1.2 * (0.36 - r)),
+    "cross": lambda x, y, r: maximum(r / 1.2, minimum(abs(x), abs(y)) / 0.4),
+    "blob": lambda x, y, r: r / (0.8 + 0.2 * sin(3 * np.arctan2(y, x)))}  # has no label
 
 
 class ShapeScenes(Dataset):
-    """Generated scenes, no files: shapes at various distances over wavy, textured regions.
-
-    Items: image uint8 (H, W, 3), ids int64 (H, W), 0 = VOID, segments [{"id", "category_id",
-    "iscrowd"}], image_id, file_name, depth float32 (H, W) in [0, 1], 1 the farthest.
-    """
+    """Generated scenes, no files: shapes at various distances over wavy, textured regions. Items:
+    image uint8 (H, W, 3), ids int64 (H, W), 0 = VOID, segments [{"id", "category_id"}], image_id,
+    file_name, depth float32 (H, W) in [0, 1], 1 the farthest."""
 
     LENGTH = {"train": 100_000, "val": 200}
-    NAMES = [*TINTS, *OUTLINES][:-1]
-    categories = [{"id": i, "name": name, "isthing": int(name in OUTLINES)}
-                  for i, name in enumerate(NAMES, start=1)]
+    NAMES = [*STUFF, *THINGS]
+    categories = [{"id": i, "name": name, "isthing": int(name in THINGS)}
+                  for i, name in enumerate(NAMES[:-1], start=1)]
 
     def __init__(self, split, size):
         require(split in self.LENGTH, f"split {split!r} of shapes, expected train or val")
@@ -1050,92 +1086,77 @@ class ShapeScenes(Dataset):
         return self.LENGTH[self.split]
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"scene {index}, expected 0 to {len(self) - 1}")
-        rng = random_generator(list(self.LENGTH).index(self.split), "scene", index)
-        image, ids, depth, names, horizon = self.paint_background(rng)
-        self.paint_things(rng, image, ids, depth, names, horizon)
+        number = range(len(self))[index]  # or an IndexError
+        rng = random_generator(list(self.LENGTH).index(self.split), "scene", number)
+        image, depth = np.zeros((*self.x.shape, 3), np.float32), np.zeros_like(self.x)
+        ids, segments = np.zeros(self.x.shape, np.int64), []
+
+        # paint from far to near, each layer with a contact shadow
+        for name, outline, colour, distance in (*self.regions(rng), *self.things(rng)):
+            category = 1 + self.NAMES.index(name)
+            segments.append({"id": len(segments) + 1, "category_id": category})
+            inside = outline < 1
+            image *= np.where(outline < 1.3, np.float32(0.72), 1)[..., None]
+            np.copyto(image, colour, where=inside[..., None])
+            np.copyto(depth, distance, where=inside)
+            ids[inside] = len(segments)
+
         # haze, contrast, noise
         haze = (0.55 * depth**1.5)[..., None]
         image = image * (1 - haze) + haze * rng.uniform(0.6, 0.95, 3).astype(np.float32)
         image = (image - 0.5) * rng.uniform(0.8, 1.1) + rng.uniform(0.45, 0.58)
         image += rng.uniform(0.01, 0.05) * rng.standard_normal(image.shape, np.float32)
+
         # blobs, and the little that is left of hidden things, are VOID
-        large = np.bincount(ids.ravel(), minlength=len(names) + 1) >= 0.02 * ids.size
-        segments = [{"id": id, "category_id": 1 + self.NAMES.index(name), "iscrowd": 0}
-                    for id, name in enumerate(names, start=1) if large[id] and name != "blob"]
+        large = np.bincount(ids.ravel(), minlength=len(segments) + 1) >= 0.02 * ids.size
+        segments = [s for s in segments if large[s["id"]] and s["category_id"] < len(self.NAMES)]
         ids[~np.isin(ids, [s["id"] for s in segments])] = VOID
-        image = (image.clip(0, 1) * 255).astype(np.uint8)
-        return {"image": image, "ids": ids, "depth": depth, "segments": segments,
-                "image_id": index, "file_name": f"{self.split}{index:06d}.png"}
+        return {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids, "depth": depth,
+                "segments": segments, "image_id": number,
+                "file_name": f"{self.split}{number:06d}.png"}
 
-    def paint_background(self, rng):
-        """One to three stuff regions, from far (top) to near (bottom)."""
-        x, y, count = self.x, self.y, rng.integers(1, 4)
-        one, two = rng.uniform(0.25, 0.7), rng.uniform((0.2, 0.55), (0.4, 0.75))
-        borders = {1: [], 2: [one], 3: two}[count]  # heights of the regions' borders
-        horizon, ids = float(borders[0]) if count > 1 else 0.0, np.ones(y.shape, np.int64)
-        for border in borders:
-            for frequency in (rng.uniform(0.4, 1.5), rng.uniform(2, 5)):
-                wave = sin(2 * np.pi * (frequency * x[0] + rng.random()))
-                border = border + rng.uniform(0.005, 0.045) * wave
-            ids += y > border
-        kinds = rng.permutation(5)[:1]
-        if count > 1:  # sky or hills on top, ground below
-            kinds = [rng.integers(2), *(2 + rng.permutation(3)[: count - 1])]
-        names = [self.NAMES[kind] for kind in kinds]
-        ground = np.clip(0.85 - 0.65 * (y - horizon) / (1 - horizon), 0.15, 0.85)
-        image, depth = np.empty((*y.shape, 3), np.float32), np.empty_like(y)
-        for id, name in enumerate(names, start=1):
-            inside, tint = ids == id, rng.uniform(0.1, 0.95, 3)
-            colour = np.float32(0.55 * np.array(TINTS[name]) + 0.45 * tint)
-            angles = rng.uniform(0, 2 * np.pi, 3).tolist()
-            texture = TEXTURES[name](x[inside], y[inside], 1.6 - ground[inside], *angles)
-            image[inside] = colour * (1 + texture[:, None])
-            depth[inside] = {"sky": 1.0, "hills": 0.9}.get(name, ground[inside])
-        return image, ids, depth, names, horizon
+    def regions(self, rng):
+        """One to three with wavy borders, the farthest may be sky or hills: their names, outlines
+        (H, W), colours (H, W, 3), distances."""
+        x, y, near = self.x, self.y, 0.75 + self.y  # waves are longer where it is near
+        names = [self.NAMES[rng.integers(2)], *rng.permutation(self.NAMES[2:5])]
+        tops = np.sort(rng.permutation(rng.uniform((0.2, 0.5), (0.5, 0.75)))[: rng.integers(3)])
+        for name, top in zip(names[rng.integers(2) :], [-1.0, *tops.tolist()]):
+            tint, contrast, across, down, bend = STUFF[name]
+            a, b, c, d, e = rng.uniform(0, 2 * np.pi, 5).tolist()
+            border = top + rng.uniform(0.01, 0.045) * sin(rng.uniform(3, 9) * x + a)
+            border += rng.uniform(0.005, 0.04) * sin(rng.uniform(12, 30) * x + b)
+            waves = sin(across * x / near + bend * sin(9 * y + c) + d) * sin(down * y / near + e)
+            colour = np.float32(0.55 * np.array(tint) + 0.45 * rng.uniform(0.1, 0.95, 3))
+            distance = {"sky": 1.0, "hills": 0.9}.get(name, 0.95 - 0.75 * y)
+            yield name, 1 + 30 * (border - y), colour * (1 + contrast * waves[..., None]), distance
 
-    def paint_things(self, rng, image, ids, depth, names, horizon):
-        """Things from far to near, in one of five scenes also an unlabelled blob."""
-        light, palette = rng.uniform(-0.7, 0.7), rng.uniform(0.1, 0.95, (2, 3))
-        things = [self.NAMES[5 + i] for i in rng.integers(6, size=rng.integers(2, 7))]
-        if rng.random() < 0.2:
-            things.insert(rng.integers(len(things) + 1), "blob")
-        distances, placed = np.sort(rng.uniform(0.1, 0.75, len(things)))[::-1].tolist(), []
-        for name, z in zip(things, distances):
-            # a place on the ground that hides no other thing, in eight tries
-            radius = rng.uniform(0.2, 0.265) * (1.2 - 0.65 * z)
-            foot = horizon + (0.85 - z) / 0.65 * (1 - horizon) - 0.6 * radius
-            for _ in range(8):
-                u, v = rng.random(), min(max(foot + rng.uniform(-0.12, 0.12), 0.04), 0.96)
-                if all(math.hypot(u - a, v - b) > 0.75 * (radius + r) for a, b, r in placed):
-                    break
-            placed.append((u, v, radius))
-            reach, row, column = (int(n * self.size) for n in (1.25 * radius, v, u))
-            window = np.s_[max(row - reach - 2, 0) : row + reach + 3,
-                           max(column - reach - 2, 0) : column + reach + 3]
+    def things(self, rng):
+        """Two to six from far to near, lit from one side; yields the same."""
+        light, palette, placed = rng.uniform(-0.7, 0.7), rng.uniform(0.1, 0.95, (2, 3)), []
+        for distance in np.sort(rng.uniform(0.1, 0.75, rng.integers(2, 7)))[::-1].tolist():
+            # of eight places the first that hides no other thing, or the one that hides least
+            radius = rng.uniform(0.2, 0.265) * (1.2 - 0.65 * distance)
+            foot = 1.0 - 0.9 * distance + rng.uniform(-0.15, 0.15, 8) - 0.6 * radius
+            u, v = rng.random(8), foot.clip(0.04, 0.96)
+            gaps = [np.hypot(u - a, v - b) - 0.75 * (radius + other) for a, b, other in placed]
+            best = np.min(gaps, axis=0, initial=0).argmax()
+            placed.append((float(u[best]), float(v[best]), radius))
+
             # its outline, turned by a random angle
-            angle = rng.uniform(0, 2 * np.pi)
-            dx, dy = (self.x[window] - u) / radius, (self.y[window] - v) / radius
-            x = dx * math.cos(angle) + dy * math.sin(angle)
-            y = dy * math.cos(angle) - dx * math.sin(angle)
-            outline = OUTLINES[name](x, y, np.sqrt(x * x + y * y), np.arctan2(y, x))
-            inside = outline < 1
-            # its colour, plain, checked or striped, lit from one side; a contact shadow
-            shares_colour = rng.random() < 0.4
-            base = palette[rng.integers(2)] if shares_colour else rng.uniform(0.1, 0.95, 3)
-            frequency = rng.uniform(4, 9)
-            stripes = 0.3 * np.sign(sin(frequency * x))
-            checks = stripes * np.sign(sin(frequency * y))
-            paint = {1: checks, 2: stripes}.get(rng.integers(4), 0)  # plain in half of all
-            if name == "blob":
-                paint = 0.25 * rng.standard_normal(x.shape)
-            shade = 0.95 + 0.4 * (light * dx - 0.8 * dy) - 0.3 * (outline > 0.82) - 0.25 * z
-            colour = base.astype(np.float32) * ((1 + paint) * shade)[..., None]
-            image[window][(outline < 1.3) & ~inside] *= 0.72
-            image[window][inside] = colour.clip(0, 1)[inside]
-            names.append(name)
-            ids[window][inside], depth[window][inside] = len(names), z
+            dx, dy = (self.x - placed[-1][0]) / radius, (self.y - placed[-1][1]) / radius
+            turned = (dx + 1j * dy) * complex(np.exp(2j * np.pi * rng.random()))
+            name = str(rng.choice(list(THINGS), p=[0.16] * 6 + [0.04]))
+            outline = THINGS[name](turned.real, turned.imag, np.hypot(dx, dy))
+
+            # its colour, perhaps shared; plain, striped or checked; shaded, darker at its rim
+            colour = palette[rng.integers(2)] if rng.random() < 0.4 else rng.uniform(0.1, 0.95, 3)
+            bands = 0.3 * np.sign(sin(rng.uniform(4, 9) * turned.real))
+            checks = bands * np.sign(sin(rng.uniform(4, 9) * turned.imag))
+            paint = [0, 0, bands, checks][rng.integers(4)]
+            shade = 0.95 + 0.4 * (light * dx - 0.8 * dy) - 0.3 * (outline > 0.82) - 0.25 * distance
+            colour = np.float32(colour) * ((1 + paint) * shade)[..., None]
+            yield name, outline, colour.clip(0, 1), distance
 
 
 # ---- 12. Files: images, depth, COCO panoptic and instances -----------------------------
@@ -1971,7 +1992,7 @@ def summary(task, result):
 # ---- 18. Pictures and results ----------------------------------------------------------
 
 
-def match_ids(ids, truth):
+def align_ids(ids, truth):
     """Renumber int ids (H, W): a segment that matches one of `truth` (IoU > 0.5) has its
     id, others have ids above all of truth's."""
     renamed = np.where(ids == VOID, VOID, ids + truth.max() + 1)
@@ -2004,7 +2025,7 @@ def picture(drawn, task, truth=None):
     """The colours of what `draw` returns, those of `truth` where a segment matches it."""
     if task == "depth":
         return colorize_depth(drawn)
-    return colorize(drawn if truth is None else match_ids(drawn, truth))
+    return colorize(drawn if truth is None else align_ids(drawn, truth))
 
 
 def overlay(image, ids):

@@ -207,7 +207,11 @@ def noise_and_timesteps(positions, config, seed, device):
     """eps (B, 4, h, w) and t int64 (B,) of samples at these positions of the stream."""
     positions = positions.tolist()
     noise = [random_generator(seed, "noise", p) for p in positions]
-    t = [random_generator(seed, "timestep", p).integers(NoiseSchedule.T) for p in positions]
+    draws = [random_generator(seed, "timestep", p) for p in positions]
+    if config.timesteps == "uniform":
+        t = [draw.integers(NoiseSchedule.T) for draw in draws]
+    else:  # noisy: half of them are above 3/4 T
+        t = [int(NoiseSchedule.T * (1 - (1 - draw.random()) ** 2)) for draw in draws]
     return gaussian_latents(noise, config, device), torch.tensor(t, device=device)
 
 

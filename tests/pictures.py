@@ -19,7 +19,7 @@ sys.path.insert(0, str(REPO))
 
 from inpaint import keep_strokes  # noqa: E402
 from ldmseg import (  # noqa: E402
-    ShapeScenes, colorize, draw, evaluate, image_tensor, load_model, match_ids, overlay,
+    ShapeScenes, colorize, draw, evaluate, image_tensor, load_model, align_ids, overlay,
     panoptic_quality, picture, random_generator, save_grid,
 )  # fmt: skip
 
@@ -37,7 +37,7 @@ def choose_scenes(model, count=6):
 
 
 def segmented(record, ids):
-    ids = match_ids(ids, record["ids"])
+    ids = align_ids(ids, record["ids"])
     return [record["image"], colorize(record["ids"]), colorize(ids), overlay(record["image"], ids)]
 
 

@@ -4,6 +4,7 @@ Alg. 2), the image encoders (Table S3), the start from Stable Diffusion, and opt
 The oracles are diffusers, and values of the released code in tests/golden. (The UNet and samples
 of the released code: test_official.py.)"""
 
+import itertools
 import re
 from dataclasses import replace
 from unittest.mock import Mock
@@ -17,10 +18,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import train_ldm
 import transformers
-from conftest import GOLDEN, VAE, ConvUNet, gaussian, ldm_command, relative_error, small_config
+from conftest import (
+    GOLDEN, VAE, ConvUNet, StubUNet, gaussian, ldm_command, relative_error, small_config,
+)  # fmt: skip
 from ldmseg import (
     PRESETS, Config, MaskAutoencoder, NoiseSchedule, UserError, build_unet, gaussian_latents,
-    load_model, random_generator,
+    load_model, match_ids, random_generator,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 
@@ -108,6 +111,91 @@ def test_noise_is_standard_normal_and_an_images_own_in_any_batch_and_order():
     assert torch.equal(noise_of(7, 5, 6), noise[:, [2, 0, 1]])
     assert torch.equal(noise_of(6), noise[:, 1:2])
     assert len(noise.flatten(0, 1).flatten(1).unique(dim=0)) == 6
+
+
+# ---- the ids that the noise favours ----
+
+
+def scores_in_loops(ids, eps, latents):
+    """score[segment][id], of one image: over all pixels, the fit of their cell's noise."""
+    score = np.zeros((len(latents), len(latents)))
+    for y, x in np.ndindex(*ids.shape):
+        for id, latent in enumerate(latents):
+            product = sum(float(a * b) for a, b in zip(eps[:, y // 8, x // 8], latent))
+            fit = product - 0.5 * sum(float(c) ** 2 for c in latent)
+            score[ids[y, x], id] += fit / 64
+    return score
+
+
+def test_the_ids_are_the_best_of_all_permutations():
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 5, (3, 4, 4)))
+    ids = ids.repeat_interleave(6, 1).repeat_interleave(4, 2)  # (3, 24, 16): cells of several
+    eps, latents = gaussian(3, 4, 3, 2), gaussian(5, 4, seed=1)
+    new_ids = match_ids(ids, eps, latents)
+    for image, noise, new in zip(ids, eps, new_ids.tolist()):
+        score = scores_in_loops(image, noise, latents)
+        totals = {order: sum(score[i, id] for i, id in enumerate(order, start=1))
+                  for order in itertools.permutations(range(1, 5))}
+        assert new == [0, *max(totals, key=totals.get)]
+
+
+def test_a_single_segment_takes_the_id_of_its_highest_score_and_void_stays():
+    ids = torch.zeros(2, 16, 16, dtype=torch.long)
+    ids[0, 4:, 3:], ids[1, :9] = 6, 2
+    eps, latents = gaussian(2, 4, 2, 2), gaussian(8, 4, seed=1)
+    new_ids = match_ids(ids, eps, latents)
+    for image, old in (0, 6), (1, 2):
+        score = scores_in_loops(ids[image], eps[image], latents)
+        assert new_ids[image, old] == 1 + score[old, 1:].argmax()
+        assert new_ids[image, 0] == 0 and sorted(new_ids[image].tolist()) == list(range(8))
+
+
+def test_training_adds_the_noise_that_chose_the_ids_and_it_is_the_same_without_matching(stub_model):
+    image, ids, eps, _ = loss_inputs()
+    noisy, t = {}, torch.tensor([999, 400])
+    for kind in ("random", "matched"):
+        model = stub_model(lambda inputs, t: noisy.setdefault(kind, inputs[:, :4]), ids=kind)
+        model.diffusion_loss(image, ids, eps, t, False)
+        chosen = match_ids(ids, eps, model.id_latents).gather(1, ids.flatten(1)).view_as(ids)
+        x0 = model.encode_mask(ids if kind == "random" else chosen)
+        alpha_bar = model.schedule.alpha_bar[t].view(2, 1, 1, 1)
+        torch.testing.assert_close(noisy[kind] - alpha_bar.sqrt() * x0, (1 - alpha_bar).sqrt() * eps)
+    assert not torch.equal(*noisy.values())
+
+
+@pytest.mark.parametrize("place, is_matched", [(0, False), (1, True)])
+def test_classes_are_not_matched(stub_model, place, is_matched):
+    model = stub_model(None, ids="matched", tasks=("semantic", "instance"))
+    image, ids, eps, t = loss_inputs()
+    monkey = Mock(side_effect=model.encode_mask)
+    model.encode_mask, model.unet.function = monkey, lambda inputs, t: inputs[:, :4]
+    model.id_latents = gaussian(8, 4)
+    model.diffusion_loss(image, ids, eps, t, False, task=torch.full((2,), place))
+    chosen = match_ids(ids, eps, model.id_latents).gather(1, ids.flatten(1)).view_as(ids)
+    assert not torch.equal(chosen, ids)
+    assert torch.equal(monkey.call_args_list[0].args[0], chosen if is_matched else ids)
+
+
+def test_a_perfect_model_draws_the_favoured_ids_in_one_step(monkeypatch):
+    model, ids = load_model(), torch.ones(2, 64, 64, dtype=torch.long)
+    ids[:, 32:], ids[:, :24, 40:] = 2, 3
+    noise = [(0, "one"), (0, "other")]
+    eps = gaussian_latents([random_generator(s, "noise", p) for s, p in noise], model.config, "cpu")
+    chosen = match_ids(ids, eps, model.id_latents).gather(1, ids.flatten(1)).view_as(ids)
+    x0, schedule = model.encode_mask(chosen), model.schedule
+    v = schedule.alpha_bar[999].sqrt() * eps - (1 - schedule.alpha_bar[999]).sqrt() * x0
+    monkeypatch.setattr(model, "unet", StubUNet(lambda inputs, t: v))  # as if eps were z_t
+    logits = F.interpolate(model.sample(gaussian(2, 3, 64, 64), noise, 1), scale_factor=2)
+    assert (logits.argmax(1) == chosen).float().mean() > 0.97  # all but the borders
+
+
+@pytest.mark.parametrize("kind, above, share", [("uniform", 0.75, 0.25), ("noisy", 0.75, 0.5),
+                                                ("noisy", 0.51, 0.7)])
+def test_noisy_timesteps_are_a_square_root_of_uniform_ones(kind, above, share):
+    config = small_config(timesteps=kind)
+    _, t = train_ldm.noise_and_timesteps(torch.arange(4000), config, 0, "cpu")
+    assert 0 <= t.min() and t.max() == 999
+    assert (t >= above * 1000).float().mean().item() == pytest.approx(share, abs=0.03)
 
 
 # ---- UNet and its loss (Eq. 4, Alg. 1) ----

@@ -14,8 +14,8 @@ from conftest import (
     ON_CPU, ConvUNet, areas_of, gaussian, ldm_command, relative_error, small_config, write_split,
 )  # fmt: skip
 from ldmseg import (
-    LDMSeg, TrainingStream, UserError, continue_given, int2bits, keep_blocks, random_generator,
-    read_image, rgb2id,
+    LDMSeg, TrainingStream, UserError, continue_given, gaussian_latents, int2bits, keep_blocks,
+    match_ids, random_generator, read_image, rgb2id,
 )  # fmt: skip
 from PIL import Image
 
@@ -85,20 +85,20 @@ def situation():
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_each_image_of_a_batch_is_inpainted_as_alg_3_written_out(model, repeats):
-    (image, ids, known), model.decode = situation(), lambda z: z
+    (image, ids, known), model.decode = situation(), lambda z: torch.cat([z, z], 1)
     assert (known & (ids == 0)).any()
     expected = [alg_3(model, image[[i]], ids[[i]], known[[i]], NOISE[i], repeats) for i in range(3)]
-    latents = model.inpaint(image, ids, known, NOISE, 4, repeats)
+    latents = model.inpaint(image, ids, known, NOISE, 4, repeats)[:, :4]
     assert relative_error(latents, torch.cat(expected)) < 1e-4
 
 
-@pytest.mark.parametrize("how", ["None", "no pixel", "void pixels"])
+@pytest.mark.parametrize("how", ["no pixel", "void pixels"])
 def test_where_nothing_is_known_inpainting_is_sampling(model, how):
     image, ids, known = situation()
-    ids, known = {"None": (ids, None), "no pixel": (ids, torch.zeros_like(known)),
+    ids, known = {"no pixel": (ids, torch.zeros_like(known)),
                   "void pixels": (torch.zeros_like(ids), known)}[how]
     logits = model.inpaint(image, ids, known, NOISE, 4)
-    assert torch.equal(logits, model.sample(image, NOISE, 4))
+    torch.testing.assert_close(logits, model.sample(image, NOISE, 4))
 
 
 def test_where_all_is_known_the_mask_is_encoded_and_decoded(model):
@@ -106,6 +106,24 @@ def test_where_all_is_known_the_mask_is_encoded_and_decoded(model):
     ids = ids.clamp(min=1)
     logits = model.inpaint(image, ids, torch.ones_like(known), NOISE, 4, 3)
     torch.testing.assert_close(logits, model.autoencoder.reconstruct(ids))
+
+
+def test_the_given_ids_are_matched_to_the_noise_and_come_back(monkeypatch):
+    """A decoder that copies what was pasted: each id's own logit is the highest where given."""
+    monkeypatch.setattr(ldmseg, "build_unet", ConvUNet)
+    torch.manual_seed(0)
+    model, inside = LDMSeg(small_config(ids="matched")), []
+    image, ids, _ = situation()
+    ids = ids.clamp(min=1)
+    monkeypatch.setattr(model, "encode_mask", lambda ids: inside.append(ids) or gaussian(3, 4, 4, 4))
+    model.id_latents = gaussian(8, 4)
+    model.decode = lambda z: F.one_hot(inside[0], 8).permute(0, 3, 1, 2).float()
+    logits = model.inpaint(image, ids, torch.ones_like(ids, dtype=torch.bool), NOISE, 2)
+    generators = [random_generator(seed, "noise", position) for seed, position in NOISE]
+    eps = gaussian_latents(generators, model.config, "cpu")
+    new_ids = match_ids(ids, eps, model.id_latents)
+    assert torch.equal(inside[0], new_ids.gather(1, ids.flatten(1)).view_as(ids))
+    assert not torch.equal(inside[0], ids) and torch.equal(logits.argmax(1), ids)
 
 
 # ---- training with given parts ----

@@ -13,7 +13,7 @@ import sample
 import torch
 from conftest import GOLDEN, ON_CPU, flat
 from ldmseg import (
-    PanopticQuality, id2rgb, match_ids, panoptic_quality, postprocess, read_image, segments_of,
+    PanopticQuality, id2rgb, align_ids, panoptic_quality, postprocess, read_image, segments_of,
     write_json, write_png,
 )  # fmt: skip
 
@@ -336,7 +336,7 @@ def test_segments_info_counts_areas_and_boxes():
 def test_segments_that_match_take_the_truths_ids_and_others_unused_ones():
     halves = [[np.array([[1, 1, 0, 0]]), None, np.array([[2, 0, 0, 0]])]]  # IoU of exactly 0.5
     for truth, _, prediction, *_ in halves + [images[0] for images in CASES]:
-        renamed, unmatched = match_ids(prediction, truth), []
+        renamed, unmatched = align_ids(prediction, truth), []
         for id in np.unique(prediction):
             mask = prediction == id
             ious = {t: share(mask | (truth == t), mask & (truth == t)) for t in np.unique(truth)}

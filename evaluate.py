@@ -33,7 +33,7 @@ def parse(argv):
     parser = CommandLine(
         __doc__, "--data --images --split --limit --json --weights --task --steps --sampler "
         "--device --amp --seed --workers",
-        {"--data": dict(default="shapes"), "--steps": dict(nargs="+", default=[50])})
+        {"--data": dict(default="shapes"), "--steps": dict(nargs="+")})
     parser.add("sampling", "--min-area", "drop smaller segments (default: the weights' own; stage "
                "1: 0)", type=partial(whole_number, least=0), metavar="PIXELS")
     parser.add("data", "--gt", "compare files, no model: the truth", metavar="JSON")
@@ -176,7 +176,7 @@ def score_weights(args):
                           [own_task], dataset, config, device, **options)
     ceiling, sweep = as_json(results), []
     print_row("autoencoder", results, None, titles=True)
-    for steps in args.steps if model is not autoencoder else ():
+    for steps in args.steps or [config.eval_steps] if model is not autoencoder else ():
         predict = partial(model.sample_tasks, tasks=tasks, steps=steps, eta=SAMPLERS[args.sampler])
         with autocast():
             if not sweep:  # the first call is slow

@@ -24,10 +24,10 @@ from PIL import Image
 from scipy import ndimage
 
 from ldmseg import (
-    VOID, CommandLine, LDMSeg, PanopticQuality, UserError, colorize, continue_given, draw,
-    evaluation_batches, is_main, keep_blocks, align_ids, open_dataset, random_generator,
-    read_image, reading, require, resize_nearest, rgb2id, run_script, save_grid, segments_of,
-    start_script, whole_number, write_json, write_panoptic, write_panoptic_json,
+    VOID, CommandLine, LDMSeg, PanopticQuality, UserError, align_ids, colorize, continue_given,
+    draw, evaluation_batches, is_main, keep_blocks, open_dataset, random_generator, read_image,
+    reading, require, resize_nearest, rgb2id, run_script, save_grid, segments_of, start_script,
+    whole_number, write_json, write_panoptic, write_panoptic_json,
 )  # fmt: skip
 
 METHODS = ("completion", "nearest label", "without the mask")
@@ -200,7 +200,8 @@ def run_experiment(model, args, device, autocast):
 
     for records, batch in evaluation_batches(dataset, config, device, args.seed, args.workers,
                                              args.limit):
-        codes, plain, first = batch["ids"].cpu().numpy(), complete(batch, None), not pictures
+        codes, first = batch["ids"].cpu().numpy(), not pictures
+        plain = complete(batch, torch.zeros_like(batch["ids"], dtype=torch.bool))
         for row in rows:
             known_codes = known_pixels(row, codes, batch["noise"])
             logits = complete(batch, torch.from_numpy(known_codes).to(device))

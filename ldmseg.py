@@ -136,7 +136,7 @@ class Config:
     freeze_time: int = knob(0, "1: keep the pretrained time embedding", SHARE, "ldm")
     checkpointing: int = knob(0, "1: recompute activations, less memory", SHARE, "ldm")
     compile: int = knob(0, "1: torch.compile the UNet", SHARE, "ldm")
-    eval_steps: int = knob(20, "sampling steps when it is evaluated", (1, 1000), "ldm")
+    eval_steps: int = knob(4, "sampling steps, unless --steps says more", (1, 1000), "ldm")
     # both stages
     warmup: int = knob(200, "steps until the full learning rate", AMOUNT)
     lr_schedule: str = knob("cosine", "after the warm-up", ("constant", "cosine"))
@@ -191,9 +191,10 @@ PRESETS = {
     "paper": Config(
         preset="paper", size=512, bits=7, ae_widths=(32, 64, 128, 256), points=12544,
         ae_steps=60_000, ae_batch=16, ae_lr=1e-4, mask_scale=0.18215, image_scale=0.18215,
-        lr_schedule="constant", ids="random", prediction="eps", task_width=768, image_encoder="sd", freeze_time=1,
+        lr_schedule="constant", ids="random", timesteps="uniform", prediction="eps", task_width=768, image_encoder="sd", freeze_time=1,
         unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0), unet_layers=2,
-        unet_heads=8, ldm_steps=200_000, ldm_batch=256, ldm_lr=1e-4, min_area=512)}
+        unet_heads=8, ldm_steps=200_000, ldm_batch=256, ldm_lr=1e-4, eval_steps=50,
+        min_area=512)}
 
 # ---- 2. Randomness and ranks -----------------------------------------------------------
 
@@ -855,12 +856,14 @@ class LDMSeg(nn.Module):
         return {task: self.sample(batch["image"], batch["noise"], steps, eta, task)
                 for task in TASKS if task in wanted}
 
-    def segment(self, image, steps=50, task=None, seed=0):
+    def segment(self, image, steps=None, task=None, seed=0):
         """image uint8 (H, W, 3) of any size -> ids int64 (H, W), 0 = VOID, and COCO's
-        segments_info, as `draw`. task: of config.known_tasks, by default the first."""
+        segments_info, as `draw`. steps: of sampling, by default config.eval_steps; task: of
+        config.known_tasks, by default the first."""
         task = self.config.task(task)
         picture = image_tensor(image, self.config.size)[None].to(self.device)
-        outputs = self.sample_tasks({"image": picture, "noise": [(seed, 0)]}, [task], steps)
+        batch = {"image": picture, "noise": [(seed, 0)]}
+        outputs = self.sample_tasks(batch, [task], steps or self.config.eval_steps)
         outputs = {name: output[0] for name, output in outputs.items()}
         return draw(outputs, task, image.shape[:2], self.config)
 
@@ -872,12 +875,8 @@ class LDMSeg(nn.Module):
         size, N, given = image.shape[:2], self.config.num_ids, np.setdiff1d(given_mask, [VOID])
         require(0 < len(given) < N, f"{len(given)} given segments, expected 1 to {N - 1}")
 
-        # the given segments take random ids of the model's range
-        generator = random_generator(seed, "sample", 0)
-        id_of_given = random_relabel(np.arange(len(given) + 1), N, generator)
-        ids = id_of_given[compact_ids(given_mask, given)]
-
         # Alg. 3 at the model's size; a pixel's largest id counts, so that no stroke is lost
+        ids = compact_ids(given_mask, given)
         small = F.adaptive_max_pool2d(torch.from_numpy(ids)[None].float(), self.config.size)
         small = small.long().to(self.device)
         picture = image_tensor(image, self.config.size)[None].to(self.device)
@@ -888,10 +887,9 @@ class LDMSeg(nn.Module):
         drawn, _ = draw({"instance": logits}, "instance", size, self.config)
         drawn = np.where(ids != VOID, ids, continue_given(drawn, ids, ids != VOID))
 
-        # back to the caller's ids; new segments take some of the N - 1 lowest unused ones
+        # back to the caller's ids; new segments take the lowest ones that are not used
         unused = np.setdiff1d(np.arange(1, len(given) + N), given)
-        callers_id = np.append(VOID, unused[: N - 1])
-        callers_id[id_of_given[1:]] = given
+        callers_id = np.array([VOID, *given, *unused])
         result = callers_id[drawn], segments_of(callers_id[drawn])
         if return_confidence:
             return *result, probabilities(logits, size).amax(0).cpu().numpy()
@@ -1516,7 +1514,7 @@ FLAGS = {  # the same word means the same in every script: group -> flag -> how 
         "--eval-every": dict(help="steps between evaluations", type=whole_number, default=500),
         "--fresh": dict(help="start over in an existing run folder", action="store_true")},
     "sampling": {
-        "--steps": dict(help="denoising steps", type=whole_number),
+        "--steps": dict(help="of denoising (default: the weights' own)", type=whole_number),
         "--sampler": dict(help="ddpm: with fresh noise", choices=SAMPLERS, default="ddim"),
         "--task": dict(help="default: what the weights know", choices=("panoptic", *TASKS))},
     "machine": {

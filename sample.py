@@ -7,8 +7,7 @@
 
 Leaves in --out: panoptic.json and panoptic/*.png, the COCO panoptic format (a pixel's id is
 R + 256 G + 65536 B, 0 = VOID), which evaluate.py --pred reads; overlay/*.png; grid.png with the
-first eight images; denoising.png with the prediction after 1, 5, 10, 20, 50 steps of one run
-(Fig. S5); noises.png with two noises (Fig. 10). With weights that know classes, segments have the
+first eight images; denoising.png with the predictions along one run (Fig. S5); noises.png with two noises (Fig. 10). With weights that know classes, segments have the
 category_id of their class, and --task semantic draws one segment for each class. --task depth
 leaves depth/*.png instead, 16 bits, from 1, the nearest, to 65535, and coloured overlay/*.png.
 """
@@ -27,7 +26,7 @@ from ldmseg import (
     read_image, run_script, save_grid, start_script, write_panoptic, write_panoptic_json, write_png,
 )  # fmt: skip
 
-SHOWN = (1, 5, 10, 20, 50)
+SHOWN = (1, 2, 4, 10, 20, 50)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -45,7 +44,7 @@ def parse(argv):
     parser = CommandLine(
         __doc__, "--data --images --split --limit --out --weights --task --steps --sampler "
         "--device --amp --seed --workers",
-        {"--out": dict(default="runs/sample"), "--steps": dict(default=50),
+        {"--out": dict(default="runs/sample"),
          "--data": dict(help="segment a split of 'shapes', a COCO-layout folder or a COCO JSON")})
     parser.add("data", "paths", "image files, folders of them, quoted patterns (default: eight "
                "generated scenes)", nargs="*", metavar="IMAGE")
@@ -125,6 +124,7 @@ def main(argv=None):
     model, device, autocast = start_script(args, LDMSeg, scenes=args.data in (None, "shapes")
                                            and not args.paths)
     task = model.config.task(args.task)
+    args.steps = args.steps or model.config.eval_steps
     dataset, limit = choose_images(args, model.config.size)
     out, entries, rows, first = Path(args.out), [], [], []
     with autocast():

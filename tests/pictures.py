@@ -1,7 +1,9 @@
 """The pictures of the README, from the shipped weights, run by hand: python tests/pictures.py
 
 assets/scenes.png      six of the 200 scenes, their PQ spread evenly from the median to the best
-assets/denoising.png   the x0 of steps 1, 5, 10, 20, 50 of one run, for three of the six
+assets/ids.png         the ids that three noises favour and what one step draws, for two of the six;
+                       printed: the share of the segments found that have the favoured id
+assets/denoising.png   the x0 of each step of one run, for three of the six
 assets/inpainting.png  two completions of three strokes in each segment, for two of the six
 
 A segment has the colour of the true one that it matches, or of its strokes; VOID is striped.
@@ -12,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
@@ -19,14 +22,14 @@ sys.path.insert(0, str(REPO))
 
 from inpaint import keep_strokes  # noqa: E402
 from ldmseg import (  # noqa: E402
-    ShapeScenes, colorize, draw, evaluate, image_tensor, load_model, align_ids, overlay,
-    panoptic_quality, picture, random_generator, save_grid,
+    ShapeScenes, align_ids, colorize, compact_ids, draw, evaluate, gaussian_latents, image_tensor,
+    load_model, overlay, panoptic_quality, picture, random_generator, save_grid,
 )  # fmt: skip
 
 
 def choose_scenes(model, count=6):
-    """Scenes and what 20 steps predict: of the better half, evenly spread, the best last."""
-    predict = partial(model.sample_tasks, tasks=["instance"], steps=20)
+    """Scenes and their predictions: of the better half, evenly spread, the best last."""
+    predict = partial(model.sample_tasks, tasks=["instance"], steps=model.config.eval_steps)
     scenes = ShapeScenes("val", model.config.size)
     _, shown = evaluate(predict, ["instance"], scenes, model.config, "cpu", pictures=len(scenes))
     pairs = [(record, drawn["instance"]) for record, drawn in shown]
@@ -39,6 +42,29 @@ def choose_scenes(model, count=6):
 def segmented(record, ids):
     ids = align_ids(ids, record["ids"])
     return [record["image"], colorize(record["ids"]), colorize(ids), overlay(record["image"], ids)]
+
+
+@torch.no_grad()
+def favoured_and_drawn(model, record, noise):
+    """Maps (64, 64): the truth with the ids that the noise favours, and what one step draws."""
+    config, (seed, position) = model.config, noise
+    truth = compact_ids(record["ids"], [s["id"] for s in record["segments"]])
+    eps = gaussian_latents([random_generator(seed, "noise", position)], config, "cpu")
+    favoured, _ = model.match_to_noise(torch.from_numpy(truth)[None], eps)
+    logits = model.sample(image_tensor(record["image"], config.size)[None], [noise], 1)
+    drawn, _ = draw({"instance": logits[0]}, "instance", truth.shape, config)
+    return favoured[0].numpy(), drawn
+
+
+def agreement(model, scenes, seed=0):
+    """Of the segments that one step finds (IoU > 0.5), the share that have the favoured id."""
+    same = found = 0
+    for record in scenes:
+        favoured, drawn = favoured_and_drawn(model, record, (seed, record["image_id"]))
+        renamed = align_ids(drawn, favoured)
+        for id in np.setdiff1d(np.intersect1d(renamed, favoured), [0]):
+            found, same = found + 1, same + (drawn[renamed == id][0] == id)
+    return same / found
 
 
 def denoised(model, record, steps):
@@ -58,7 +84,10 @@ def completed(model, record):
 
 
 if __name__ == "__main__":
-    model, steps, assets = load_model(), (1, 5, 10, 20, 50), REPO / "assets"
+    model, assets = load_model(), REPO / "assets"
+    steps = range(1, model.config.eval_steps + 1)
+    scenes = ShapeScenes("val", model.config.size)
+    print(f"one step draws the favoured id in {agreement(model, scenes):.3f} of what it finds")
     chosen = choose_scenes(model)
     halves, records = [segmented(*pair) for pair in chosen], [record for record, _ in chosen]
     rows, titles = [a + b for a, b in zip(halves[::2], halves[1::2])], ["image", "truth"]
@@ -66,5 +95,10 @@ if __name__ == "__main__":
     Image.open(assets / "scenes.png").quantize(256, dither=0).save(assets / "scenes.png")
     save_grid(assets / "denoising.png", titles + [f"step {s}" for s in steps],
               [denoised(model, record, steps) for record in records[::2]], 128)
+    pairs = [[favoured_and_drawn(model, record, (noise, 0)) for noise in range(3)]
+             for record in records[1:4:2]]
+    save_grid(assets / "ids.png", ["image", *["favoured ids", "one step"] * 3], [
+        [record["image"], *(colorize(ids) for pair in row for ids in pair)]
+        for record, row in zip(records[1:4:2], pairs)], 128)
     titles = ["image", "given", "completed", "completed", "confidence", "where they differ"]
     save_grid(assets / "inpainting.png", titles, [completed(model, r) for r in records[1:4:2]], 128)

@@ -1341,34 +1341,31 @@ def prepare(record, config, rng, augment, task="instance"):
     of task "semantic" the places 1..K of their classes. augment: flips half of the items, and
     segments below config.min_segment pixels are VOID."""
     # a square; masks and depth by nearest neighbour
-    image, size = image_tensor(record["image"], config.size), (config.size, config.size)
+    size, flip = (config.size, config.size), augment and rng.random() < 0.5
+    sample = {"image": image_tensor(record["image"], config.size)}
     ids = resize_nearest(record["ids"], size)
-    flip = augment and rng.random() < 0.5
-    if flip:
-        image, ids = image.flip(-1), ids[:, ::-1]
+    if config.needs_depth and "depth" in record:
+        with reading(record["file_name"], "depth map"):
+            depth = relative_depth(record["depth"])
+        sample["depth"] = torch.from_numpy(resize_nearest(depth, size))
 
     # segments 1..S; crowds and what is not listed are VOID
     segments = [s for s in record["segments"] if not s.get("iscrowd")]
     ids = compact_ids(ids, [s["id"] for s in segments])
+
+    # the places of their classes, or random ids of the largest
     if task == "semantic":
-        # their classes
         place = {c["id"]: i for i, c in enumerate(json.loads(config.categories), start=1)}
-        class_of = np.array([VOID, *(place[s["category_id"]] for s in segments)])
-        ids = class_of[ids]
+        ids = np.array([VOID, *(place[s["category_id"]] for s in segments)])[ids]
     else:
-        # the largest take random ids
         areas = np.bincount(ids.ravel())
         areas[VOID] = 0
         largest = np.argsort(-areas, kind="stable")[: config.num_ids - 1]
         least = max(config.min_segment, 1) if augment else 1
         ids = compact_ids(ids, largest[areas[largest] >= least])
         ids = random_relabel(ids, config.num_ids, rng)
-    sample = {"image": image, "ids": torch.from_numpy(ids.astype(np.int64))}
-    if config.needs_depth and "depth" in record:
-        with reading(record["file_name"], "depth map"):
-            depth = resize_nearest(relative_depth(record["depth"]), size)
-        sample["depth"] = torch.from_numpy((depth[:, ::-1] if flip else depth).copy())
-    return sample
+    sample["ids"] = torch.from_numpy(ids.astype(np.int64))
+    return {name: part.flip(-1) if flip else part for name, part in sample.items()}
 
 
 def keep_blocks(ids, rng, block, drop_rate):
@@ -1427,9 +1424,6 @@ def training_loader(stream, batch_size, accumulate, start, stop, workers):
     micro, rest = divmod(batch_size, accumulate * world)
     require(not rest, f"batch size {batch_size}, expected a multiple of --accumulate x "
             f"processes = {accumulate} x {world}")
-    if is_main():
-        print(f"{batch_size} images per step = {world} processes x {micro} images x "
-              f"{accumulate} accumulated")
     firsts = range(start * batch_size + rank * micro, stop * batch_size, world * micro)
     return DataLoader(stream, num_workers=workers, pin_memory=torch.cuda.is_available(),
                       batch_sampler=(range(first, first + micro) for first in firsts),

@@ -56,26 +56,24 @@ def parse(argv):
 
 class PanopticPairs(Dataset):
     """The truth and the prediction of each image of two panoptic JSONs -> that image's counts,
-    PanopticQuality's (state, mismatches). FileNotFoundError or UserError names file and image."""
+    PanopticQuality's state. UserError names file and image."""
 
     def __init__(self, gt, pred, gt_dir, pred_dir, allow_missing, class_agnostic):
-        truth = read_coco(gt)
-        self.new_metric = partial(PanopticQuality, truth["categories"], class_agnostic)
-        self.truth = truth["annotations"]
-        prediction = read_coco(pred, truth["categories"], class_agnostic)
-        self.prediction = {a["image_id"]: a for a in prediction["annotations"]}
+        categories, _, truth = read_coco(gt)
+        _, _, self.prediction = read_coco(pred, categories, class_agnostic)
+        self.new_metric = partial(PanopticQuality, [*categories.values()], class_agnostic)
+        self.truth = [*truth.values()]
         self.folders = [Path(folder or Path(file).with_suffix(""))
                         for file, folder in ((gt, gt_dir), (pred, pred_dir))]
         for folder in self.folders:
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder}: no such folder of PNGs, expected beside its "
                                         "JSON; --gt-dir and --pred-dir name others")
-        images = [a["image_id"] for a in self.truth]
-        missing = [i for i in images if i not in self.prediction]
+        missing = [image for image in truth if image not in self.prediction]
         if missing and not allow_missing:
-            raise UserError(f"{pred}: no prediction for {len(missing)} of {len(images)} images, "
+            raise UserError(f"{pred}: no prediction for {len(missing)} of {len(truth)} images, "
                             f"the first is {missing[0]}; --allow-missing counts them as missed")
-        if extra := sorted(self.prediction.keys() - set(images), key=str):
+        if extra := sorted(self.prediction.keys() - truth.keys(), key=str):
             raise UserError(f"{pred}: predictions for {len(extra)} images that {gt} does not "
                             f"have, the first is {extra[0]}")
 
@@ -92,12 +90,7 @@ class PanopticPairs(Dataset):
             segments = prediction["segments_info"]
         with reading(f"{path}: image {truth['image_id']}", "pair"):
             metric.update(gt_rgb, truth["segments_info"], pred_rgb, segments)
-        return metric.state, metric.mismatches
-
-
-def add_up(items):
-    """Sums of (state, mismatches) over a batch."""
-    return [sum(counts) for counts in zip(*items)]
+        return metric.state
 
 
 def score_files(args):
@@ -108,13 +101,12 @@ def score_files(args):
     (rank, world), images = rank_and_world(), min(len(pairs), args.limit or len(pairs))
     # batches are summed where they are made, in an order that no number of workers changes
     loader = DataLoader(Subset(pairs, range(rank, images, world)), 16, num_workers=args.workers,
-                        collate_fn=add_up)
+                        collate_fn=sum)
     metric = pairs.new_metric()
-    for state, mismatches in progress(loader, "comparing"):
+    for state in progress(loader, "comparing"):
         metric.state += state
-        metric.mismatches += mismatches
     metric.all_reduce(device)
-    areas, unlisted = metric.mismatches.astype(int).tolist()
+    areas, unlisted = map(int, metric.mismatches)
     if areas and is_main():
         print(f"warning: {args.gt}: {areas} segments have another area than their pixels; pixels "
               "were counted", file=sys.stderr)

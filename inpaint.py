@@ -68,8 +68,8 @@ def parse(argv):
 def read_mask(path):
     """Partial mask, .npy or PNG -> int64 ids (H, W), 0 = unknown.
 
-    A palette's index is the id, a colour is R + 256 G + 65536 B. FileNotFoundError or UserError
-    names the file, also where it does not look like ids.
+    A palette's index is the id, a colour is R + 256 G + 65536 B. UserError names the file, also
+    where it does not look like ids.
     """
     with reading(path, "mask"), open(path, "rb") as file:
         if Path(path).suffix == ".npy":

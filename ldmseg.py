@@ -46,7 +46,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from numpy.lib.format import read_array
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -903,116 +902,107 @@ class LDMSeg(nn.Module):
 # ---- 10. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ----------------------
 
 
-def add_over_ranks(device, *arrays):
-    """Sum NumPy arrays over all ranks, in place."""
-    for array in arrays if dist.is_initialized() else ():
-        total = torch.from_numpy(array).to(device)
+def add_over_ranks(metric, device):
+    """Sum the counts of a metric, its `state`, over all ranks."""
+    if dist.is_initialized():
+        total = torch.from_numpy(metric.state).to(device)
         dist.all_reduce(total)
-        array[:] = total.cpu().numpy()
+        metric.state = total.cpu().numpy()
 
 
 def joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
-    """Pixels of each pair of segments (2 + truth's, 2 + predicted); row and column 0: ids in
-    no list, 1: VOID. UserError where the prediction and its list disagree."""
-    size, shape = gt_ids.shape[:2], (len(gt_segments) + 2, len(pred_segments) + 2)
-    require(pred_ids.shape[:2] == size, f"the prediction is {pred_ids.shape}, expected {size}")
+    """Pixels of each pair of segments (2 + truth's, 2 + predicted); row and column 0: ids
+    in no list, 1: VOID. UserError where the prediction and its list disagree."""
+    size, shape = gt_ids.shape[:2], pred_ids.shape
+    require(shape[:2] == size, f"the prediction is {shape}, expected {size}")
 
     # runs of pixels with the same pair of ids: there are far fewer runs than pixels
-    change = np.zeros(size[0] * size[1], bool)
-    change[0] = True
+    change = np.zeros(size, bool).ravel()
     for ids in (gt_ids, pred_ids):
         flat, channels = ids.ravel(), ids.size // change.size
         change[np.flatnonzero(flat[channels:] != flat[:-channels]) // channels + 1] = True
-    start = np.flatnonzero(change)
-    pixels = np.diff(start, append=change.size)
+    start = np.append(0, np.flatnonzero(change))
 
     # count them at the places of their ids in the lists
-    places = []
+    place, rows, columns = 0, len(gt_segments) + 2, len(pred_segments) + 2
     for ids, segments in ((gt_ids, gt_segments), (pred_ids, pred_segments)):
         ids = ids.ravel()[start] if ids.ndim == 2 else rgb2id(ids.reshape(-1, 3)[start])
-        places.append(compact_ids(ids, [VOID] + [s["id"] for s in segments]))
-    place = places[0] * shape[1] + places[1]
-    counts = np.bincount(place, pixels, shape[0] * shape[1]).reshape(shape)
+        place = place * columns + compact_ids(ids, [VOID, *(s["id"] for s in segments)])
+    pixels = np.diff(start, append=change.size)
+    counts = np.bincount(place, pixels, rows * columns).reshape(rows, columns)
     unlisted, _, *areas = counts.sum(0)
     unseen = [s["id"] for s, area in zip(pred_segments, areas) if not area]
-    require(not unlisted and not unseen, f"the prediction has {unlisted:.0f} pixels of ids not "
-            f"in its list, none of {unseen[:5]} in its list")
+    require(not unlisted and not unseen, f"the prediction has {unlisted:.0f} pixels of ids "
+            f"not in its list, none of {unseen[:5]} in its list")
     return counts
 
 
 class PanopticQuality:
-    """Panoptic Quality and mIoU over images. categories: COCO's; class_agnostic: all are one."""
+    """Panoptic Quality, mIoU over images. categories: COCO's; class_agnostic: all are one."""
 
     def __init__(self, categories, class_agnostic=False):
         self.class_agnostic = class_agnostic
         self.categories = [{"id": 1, "isthing": 1}] if class_agnostic else categories
-        rows = {c["id"]: i for i, c in enumerate(self.categories)}
+        rows = {c["id"]: row for row, c in enumerate(self.categories)}
         self.row = defaultdict(int) if class_agnostic else rows  # agnostic: always row 0
-        # columns: sum of IoU, TP, FN, pixels in both, pixels in the truth; FP, predicted pixels
-        self.state = np.zeros((len(rows), 7))
-        # of the truth: segments with another area in the JSON, pixels of ids in no list
-        self.mismatches = np.zeros(2)
+        # rows: categories, ids in no list; columns, of the truth: sum of IoU, TP, FN, pixels
+        # in both, pixels, segments of another area in the JSON; predicted: FP, pixels
+        self.state = np.zeros((len(rows) + 1, 8))
+
+    all_reduce = add_over_ranks
+    # of the truth: segments of another area in the JSON, pixels of ids in no list
+    mismatches = property(lambda self: (self.state[:, 5].sum(), self.state[-1, 4]))
 
     def update(self, gt_ids, gt_segments, pred_ids, pred_segments):
-        """Count one image: int ids (H, W) or COCO colours uint8 (H, W, 3), 0 = VOID, and lists
-        of {"id", "category_id"}. NOTE: the reference takes the truth's areas from the JSON;
-        here pixels, because they can differ."""
+        """Count one image: int ids (H, W) or COCO colours uint8 (H, W, 3), 0 = VOID, and
+        lists of {"id", "category_id"}. NOTE: the reference takes the truth's areas from the
+        JSON; here pixels, because they can differ."""
         gt, pred = (np.array([self.row[s["category_id"]] for s in segments], int)
                     for segments in (gt_segments, pred_segments))
         crowd = np.array([bool(s.get("iscrowd")) for s in gt_segments], bool)
 
-        # IoU of each pair; the union leaves out what the truth leaves VOID
+        # overlap of segments of one category; the union leaves out the truth's VOID
         overlap = joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments)
-        both, void = overlap[2:, 2:], overlap[1, 2:]
-        gt_area, area = overlap[2:].sum(1), overlap[:, 2:].sum(0)
+        gt_area, area, void = overlap[2:].sum(1), overlap[:, 2:].sum(0), overlap[1, 2:]
+        both = overlap[2:, 2:] * (gt[:, None] == pred)
         union = gt_area[:, None] + area - both - void
 
-        # segments of one category match where IoU > 0.5, crowds never
-        same = gt[:, None] == pred
-        match = same & ~crowd[:, None] & (both > 0.5 * union)
-        iou = np.divide(both, union, out=np.zeros_like(both), where=match).sum(1)
+        # they match where IoU > 0.5, crowds never; other truth is missed, unless a crowd
+        match = (both > 0.5 * union) & ~crowd[:, None]
+        iou, missed = (match * both / union.clip(min=1)).sum(1), ~match.any(1) & ~crowd
 
-        # unmatched truth is missed, unless a crowd
-        missed = ~match.any(1) & ~crowd
-
-        # an unmatched prediction is wrong, unless mostly over VOID and its class's last crowd
-        ignored = void
-        for category in np.unique(gt[crowd]):
-            last = np.flatnonzero(crowd & (gt == category))[-1]
-            ignored = ignored + both[last] * (pred == category)
+        # a prediction without one is wrong, unless mostly over VOID and its class's last crowd
+        later_crowd = np.triu(gt[:, None] == gt, 1) & crowd
+        ignored = void + both[crowd & ~later_crowd.any(1)].sum(0)
         wrong = ~match.any(0) & (ignored <= 0.5 * area)
 
-        # add them up by class, with pixels for mIoU; count what disagrees with the JSON
-        of_truth = np.stack([iou, match.any(1), missed, (both * same).sum(1), gt_area], 1)
-        np.add.at(self.state[:, :5], gt, of_truth)
-        np.add.at(self.state[:, 5:], pred, np.stack([wrong, both.sum(0)], 1))
-        other_area = sum(s.get("area", a) != a for s, a in zip(gt_segments, gt_area))
-        self.mismatches += other_area, overlap[0].sum()
-
-    def all_reduce(self, device):
-        add_over_ranks(device, self.state, self.mismatches)
+        # add them up by class, with pixels for mIoU and what disagrees with the JSON
+        other = [s.get("area", a) != a for s, a in zip(gt_segments, gt_area)]
+        of_truth = np.stack([iou, match.any(1), missed, both.sum(1), gt_area, other], 1)
+        np.add.at(self.state[:, :6], gt, of_truth)
+        np.add.at(self.state[:, 6:], pred, np.stack([wrong, overlap[2:, 2:].sum(0)], 1))
+        self.state[-1, 4] += overlap[0].sum()
 
     def compute(self):
-        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, ...}: means over the n categories
-        that occur; "miou" and "pixel_accuracy" of the pixels that are not VOID in the truth."""
-        iou, tp, fn, both, truth, fp, predicted = self.state.T
-        seen, segments = tp + fp + fn > 0, np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)
-        scores = {"pq": iou / segments, "sq": iou / np.maximum(tp, 1), "rq": tp / segments}
-        thing = np.array([bool(c["isthing"]) for c in self.categories], bool)
-        groups, result = {"All": seen, "Things": seen & thing, "Stuff": seen & ~thing}, {}
-        for name, group in groups.items():
+        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, ...}: means over the n classes
+        that occur; "miou" and "pixel_accuracy" of pixels that are not VOID in the truth."""
+        iou, tp, fn, both, truth, _, fp, predicted = self.state[:-1].T
+        segments = tp + 0.5 * fp + 0.5 * fn
+        seen, weight = segments > 0, np.maximum(segments, 0.5)
+        scores = {"pq": iou / weight, "sq": iou / np.maximum(tp, 1), "rq": tp / weight}
+        thing, result = np.array([bool(c["isthing"]) for c in self.categories], bool), {}
+        for name, group in (("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing)):
             n = int(group.sum())
             result[name] = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
             result[name]["n"] = n
         scores |= {"tp": tp.astype(int), "fp": fp.astype(int), "fn": fn.astype(int)}
-        result["per_class"] = {
-            str(self.categories[i]["id"]): {k: v[i].item() for k, v in scores.items()}
-            for i in np.flatnonzero(seen)}
+        result["per_class"] = {str(c["id"]): {k: v[row].item() for k, v in scores.items()}
+                               for row, c in enumerate(self.categories) if seen[row]}
         if not self.class_agnostic:
             union = truth + predicted - both
-            ious = both / np.maximum(union, 1)
-            result["miou"] = float(ious.sum() / max((union > 0).sum(), 1))
-            result["pixel_accuracy"] = float(both.sum() / max(truth.sum(), 1))
+            miou = (both / union.clip(min=1)).sum() / max((union > 0).sum(), 1)
+            accuracy = both.sum() / max(truth.sum(), 1)
+            result |= {"miou": float(miou), "pixel_accuracy": float(accuracy)}
         return result
 
 
@@ -1029,8 +1019,10 @@ class DepthQuality:
     def __init__(self):
         self.state = np.zeros(4)  # sums of the three over images, images
 
+    all_reduce = add_over_ranks
+
     def update(self, truth, predicted):
-        """Count one image, float (H, W): truth > 0 or NaN, predicted up to scale and shift."""
+        """Count one image, (H, W): truth > 0 or NaN, predicted up to scale and shift."""
         if (valid := np.isfinite(truth)).any():
             truth, predicted = truth[valid], predicted[valid]
             columns = np.stack([predicted, np.ones(len(truth))], 1)
@@ -1038,9 +1030,6 @@ class DepthQuality:
             ratio = np.maximum(ours / truth, truth / ours.clip(min=1e-9))
             rmse = np.sqrt(np.square(ours - truth).mean())
             self.state += np.abs(ours / truth - 1).mean(), rmse, (ratio < 1.25).mean(), 1
-
-    def all_reduce(self, device):
-        add_over_ranks(device, self.state)
 
     def compute(self):
         abs_rel, rmse, delta1 = (self.state[:3] / max(self.state[3], 1)).tolist()
@@ -1170,24 +1159,24 @@ def id2rgb(ids):
     return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
 
 
-DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-          ArithmeticError, SyntaxError, TokenError, SafetensorError)  # of damaged files
+def write_png(path, array):
+    with replacing(path) as temporary:
+        Image.fromarray(array).save(temporary, "PNG")
 
 
 @contextmanager
 def reading(place, what):
-    """Context: an error in reading `place`, a file or an image of it, then names it."""
+    """Context that only reads `place`, a file or part of it: an error there is the user's."""
     try:
         yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{place}: no such {what}") from None
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-    except UnpicklingError:
-        raise UserError(f"{place}: code in it would have to run, which is refused") from None
-    except DAMAGE as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+            EOFError, ArithmeticError, SyntaxError, TokenError, SafetensorError,
+            UnpicklingError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{place}: not a readable {what} ({reason})") from None
+        known = {UserError: error, FileNotFoundError: f"no such {what}",
+                 UnpicklingError: "code in it would have to run, which is refused"}
+        message = known.get(type(error), f"not a readable {what} ({reason})")
+        raise UserError(f"{place}: {message}") from None
 
 
 def read_image(path):
@@ -1202,28 +1191,28 @@ def read_image(path):
 
 
 def read_depth(path, shape):
-    """.npy of floats or .png of 16 bits -> float32 (H, W) = shape, NaN what is not above 0."""
+    """.npy of floats, .png of 16 bits -> float32 (H, W) = shape, NaN what is not above 0."""
     path = path.with_suffix(".npy" if path.with_suffix(".npy").exists() else ".png")
-    with reading(path, "depth map, .npy or .png"), open(path, "rb") as file:
-        depth = np.asarray(Image.open(file)) if path.suffix == ".png" else read_array(file)
+    with reading(path, "depth map, .npy or .png"):
+        depth = np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
         fits = depth.dtype.name in ("uint16", "float16", "float32", "float64")
         require(fits and depth.shape == shape,
                 f"{depth.dtype} {depth.shape}, expected 16-bit integers or floats {shape}")
         depth = depth.astype(np.float32)
-        return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(np.nan))
+        return np.where((depth > 0) & np.isfinite(depth), depth, np.float32(np.nan))
 
 
 def draw_instances(segments, size):
     """COCO polygons or RLE of segments -> ids int32 (H, W) = size, the smaller on top."""
     from pycocotools import mask as coco
 
-    ids, masks = np.zeros(size, np.int32), []
+    masks, ids = {}, np.zeros(size, np.int32)
     for segment in segments:
         rle = segment["segmentation"]
         with reading(f"segmentation {str(rle)[:60]}", "polygon [[x, y, ...]] or RLE"):
             if isinstance(rle, list):
                 for xy in rle:  # pycocotools never returns from infinity
-                    fits = len(xy) >= 6 and len(xy) % 2 == 0 and np.abs(xy).max() < 1e6
+                    fits = len(xy) >= 6 and np.abs(np.reshape(xy, (-1, 2))).max() < 1e6
                     require(fits, "expected three or more pairs x, y")
                 rle = coco.merge(coco.frPyObjects(rle, *size))
             elif isinstance(rle["counts"], list):
@@ -1231,59 +1220,50 @@ def draw_instances(segments, size):
             mask = coco.decode(rle) > 0  # undefined after the last run
             fits = mask.shape == size and mask.sum() == coco.area(rle)
             require(fits, f"expected the {size} pixels of its image")
-        masks.append((mask, segment["id"]))
-    for mask, id in sorted(masks, key=lambda pair: pair[0].sum(), reverse=True):
-        ids[mask] = id
+            masks[segment["id"]] = mask
+    for id in sorted(masks, key=lambda id: -masks[id].sum()):
+        ids[masks[id]] = id
     return ids
 
 
-COCO_FIELDS = {  # of the entries of a JSON: type, or range of an integer
-    "category": {"id": int, "isthing": range(2)},
-    "image": {"id": int | str, "file_name": str},
-    "panoptic annotation": {"image_id": int | str, "file_name": str, "segments_info": list},
-    "instance annotation": {"image_id": int | str, "segmentation": list | dict},
-    "segment": {"id": range(1, 2**24), "category_id": int},
-}
-
-
-def check_entries(kind, entries, key=None):
-    """UserError unless all hold the fields of their kind, and no two the same `key`."""
+def index_entries(kind, entries, **fields):
+    """Entries of a JSON by their first field, {value: entry}. fields: the type of each, or
+    the integers that fit. UserError where one does not, or a first value is there twice."""
+    key, index = next(iter(fields)), {}
     for entry in entries:
-        for name, allowed in COCO_FIELDS[kind].items():
-            value, limited = entry.get(name), isinstance(allowed, range)
+        for name, allowed in fields.items():
+            value, limited = entry.get(name), isinstance(allowed, (range, set))
             fits = isinstance(value, int if limited else allowed)
             if not fits or (limited and value not in allowed):
                 raise UserError(f"{kind}: {name} is {value!r}, expected {allowed}")
-    for value, n in Counter(entry[key] for entry in entries if key).most_common(1):
-        require(n == 1, f"{kind} {key} {value!r} is there {n} times, expected once")
+        require(entry[key] not in index, f"{kind}: {key} {entry[key]!r} twice, expected once")
+        index[entry[key]] = entry
+    return index
 
 
 def read_coco(path, categories=None, any_category=False):
-    """A COCO JSON of panoptic or instances, checked: {"categories", "annotations", ...};
-    annotations have "image_id", "segments_info", "file_name", "" of instances. categories:
-    those that segments may have (default: the file's), unless any_category."""
+    """A COCO JSON, checked -> its categories, images, annotations, each {id: entry}.
+    Instances become segments 1, 2, ... of a panoptic annotation with "file_name" "".
+    categories: those of segments (default: the file's), unless any_category."""
     with reading(path, "annotation file"):
         data = json.loads(Path(path).read_text())
-        annotations, categories = data["annotations"], categories or data["categories"]
+        annotations, listed = data["annotations"], data.get("categories", ())
         if any("segmentation" in a for a in annotations):
-            check_entries("instance annotation", annotations)
             groups = defaultdict(list)
             for a in annotations:
                 groups[a["image_id"]].append(a | {"id": len(groups[a["image_id"]]) + 1})
             annotations = [{"image_id": id, "file_name": "", "segments_info": group}
                            for id, group in groups.items()]
-            categories = [{"isthing": 1} | c for c in categories]
-        check_entries("panoptic annotation", annotations, "image_id")
-        check_entries("category", categories, "id")
-        check_entries("image", data.get("images", ()), "id")
-        known = {c["id"] for c in categories}
-        for a in annotations:
-            with reading(f"image {a['image_id']}", "annotation"):
-                check_entries("segment", a["segments_info"], "id")
-                unknown = {s["category_id"] for s in a["segments_info"]} - known
-                if unknown and not any_category:
-                    raise UserError(f"categories {unknown}, expected some of {known}")
-    return data | {"categories": categories, "annotations": annotations}
+            listed = [{"isthing": 1} | c for c in listed]
+        categories = categories or index_entries("category", listed, id=int, isthing=range(2))
+        images = index_entries("image", data.get("images", ()), id=int | str, file_name=str)
+        annotations = index_entries("annotation", annotations, image_id=int | str,
+                                    file_name=str, segments_info=list)
+        known = int if any_category else set(categories)
+        for id, annotation in annotations.items():
+            index_entries(f"image {id}: segment", annotation["segments_info"],
+                          id=range(1, 2**24), category_id=known)
+    return categories, images, annotations
 
 
 class PanopticDataset(Dataset):
@@ -1293,10 +1273,9 @@ class PanopticDataset(Dataset):
 
     def __init__(self, json_path, image_dir, depth=False):
         self.json_path, self.image_dir, self.depth = Path(json_path), Path(image_dir), depth
-        data = read_coco(json_path)
-        self.categories, self.annotations = data["categories"], data["annotations"]
-        require(self.annotations, f"{json_path}: no annotated image, expected at least one")
-        self.images = {image["id"]: image for image in data.get("images", ())}
+        categories, self.images, annotations = read_coco(json_path)
+        self.categories, self.annotations = [*categories.values()], [*annotations.values()]
+        require(annotations, f"{json_path}: no annotated image, expected at least one")
         self.paths = defaultdict(list)  # base name -> the files below image_dir
         for path in iglob("**/*.*", root_dir=image_dir, recursive=True):
             self.paths[os.path.basename(path)].append(path)
@@ -1304,17 +1283,8 @@ class PanopticDataset(Dataset):
     def __len__(self):
         return len(self.annotations)
 
-    def find(self, file_name):
-        """Where it is in image_dir: at file_name, else the only path of its base name."""
-        if (self.image_dir / file_name).is_file():
-            return file_name
-        found = self.paths[Path(file_name).name.replace("_gtFine", "")]  # of Cityscapes
-        if len(found) != 1:
-            raise FileNotFoundError(f"{self.image_dir / file_name}: no such image, its name is "
-                                    f"{len(found)} times below {self.image_dir}: {found}")
-        return found[0]
-
     def __getitem__(self, index):
+        # ids of a PNG, or drawn
         annotation = self.annotations[index]
         segments, mask_name = annotation["segments_info"], annotation["file_name"]
         place = f"{self.json_path}: image {annotation['image_id']}"
@@ -1325,19 +1295,28 @@ class PanopticDataset(Dataset):
         if mask_name:
             place = self.json_path.with_suffix("") / mask_name
             ids = rgb2id(read_image(place))
-        name = self.find(info["file_name"])
+
+        # the image, at file_name in image_dir or the only one of that base name
+        name = info["file_name"]
+        if not (self.image_dir / name).is_file():
+            paths = self.paths[os.path.basename(name).replace("_gtFine", "")]  # Cityscapes
+            require(len(paths) == 1, f"{self.image_dir / name}: no such image, its name "
+                    f"is {len(paths)} times below {self.image_dir}: {paths}")
+            name = paths[0]
         image = read_image(self.image_dir / name)
         size, found = image.shape[:2], set(np.unique(ids).tolist()) - {VOID}
-        require(ids.shape == size, f"{place}: {ids.shape} pixels, expected {size} like its image")
+        require(ids.shape == size, f"{place}: {ids.shape} pixels, expected {size}")
+
+        # a PNG has all ids of its JSON, instances may be hidden
         only_one = sorted(found ^ {s["id"] for s in segments})[:5]
         fits = not mask_name or not only_one
         require(fits, f"{place}: ids {only_one}, expected in both PNG and JSON")
         segments = [s for s in segments if s["id"] in found]
-        item = {"image": image, "ids": ids, "segments": segments, "image_id": info["id"],
-                "file_name": info["file_name"]}
+        record = {"image": image, "ids": ids, "segments": segments, "image_id": info["id"],
+                  "file_name": info["file_name"]}
         if self.depth:
-            item["depth"] = read_depth(Path(f"{self.image_dir}_depth", name), ids.shape)
-        return item
+            record["depth"] = read_depth(Path(f"{self.image_dir}_depth", name), size)
+        return record
 
 
 def open_dataset(data, split, images, size, kind, depth=False):
@@ -1361,11 +1340,6 @@ def open_dataset(data, split, images, size, kind, depth=False):
     return PanopticDataset(file_of[found[0]], images or path / found[0], depth)
 
 
-def write_png(path, array):
-    with replacing(path) as temporary:
-        Image.fromarray(array).save(temporary, "PNG")
-
-
 # ---- 13. What the model sees of a record, and the order of training --------------------
 
 
@@ -1386,34 +1360,31 @@ def prepare(record, config, rng, augment, task="instance"):
     of task "semantic" the places 1..K of their classes. augment: flips half of the items, and
     segments below config.min_segment pixels are VOID."""
     # a square; masks and depth by nearest neighbour
-    image, size = image_tensor(record["image"], config.size), (config.size, config.size)
+    size, flip = (config.size, config.size), augment and rng.random() < 0.5
+    sample = {"image": image_tensor(record["image"], config.size)}
     ids = resize_nearest(record["ids"], size)
-    flip = augment and rng.random() < 0.5
-    if flip:
-        image, ids = image.flip(-1), ids[:, ::-1]
+    if config.needs_depth and "depth" in record:
+        with reading(record["file_name"], "depth map"):
+            depth = relative_depth(record["depth"])
+        sample["depth"] = torch.from_numpy(resize_nearest(depth, size))
 
     # segments 1..S; crowds and what is not listed are VOID
     segments = [s for s in record["segments"] if not s.get("iscrowd")]
     ids = compact_ids(ids, [s["id"] for s in segments])
+
+    # the places of their classes, or random ids of the largest
     if task == "semantic":
-        # their classes
         place = {c["id"]: i for i, c in enumerate(json.loads(config.categories), start=1)}
-        class_of = np.array([VOID, *(place[s["category_id"]] for s in segments)])
-        ids = class_of[ids]
+        ids = np.array([VOID, *(place[s["category_id"]] for s in segments)])[ids]
     else:
-        # the largest take random ids
         areas = np.bincount(ids.ravel())
         areas[VOID] = 0
         largest = np.argsort(-areas, kind="stable")[: config.num_ids - 1]
         least = max(config.min_segment, 1) if augment else 1
         ids = compact_ids(ids, largest[areas[largest] >= least])
         ids = random_relabel(ids, config.num_ids, rng)
-    sample = {"image": image, "ids": torch.from_numpy(ids.astype(np.int64))}
-    if config.needs_depth and "depth" in record:
-        with reading(record["file_name"], "depth map"):
-            depth = resize_nearest(relative_depth(record["depth"]), size)
-        sample["depth"] = torch.from_numpy((depth[:, ::-1] if flip else depth).copy())
-    return sample
+    sample["ids"] = torch.from_numpy(ids.astype(np.int64))
+    return {name: part.flip(-1) if flip else part for name, part in sample.items()}
 
 
 def keep_blocks(ids, rng, block, drop_rate):
@@ -1472,9 +1443,6 @@ def training_loader(stream, batch_size, accumulate, start, stop, workers):
     micro, rest = divmod(batch_size, accumulate * world)
     require(not rest, f"batch size {batch_size}, expected a multiple of --accumulate x "
             f"processes = {accumulate} x {world}")
-    if is_main():
-        print(f"{batch_size} images per step = {world} processes x {micro} images x "
-              f"{accumulate} accumulated")
     firsts = range(start * batch_size + rank * micro, stop * batch_size, world * micro)
     return DataLoader(stream, num_workers=workers, pin_memory=torch.cuda.is_available(),
                       batch_sampler=(range(first, first + micro) for first in firsts),

@@ -194,7 +194,7 @@ def test_the_named_split_is_opened_or_the_only_one_of_its_kind(
     (ONE, "val", "train", "panoptic_val.json: .* --train-split .*{split}"),
     (EACH, "{split}", "val", "panoptic_test.json: no such annotation file")])
 def test_a_split_that_is_not_there_is_named(data, annotations, images, kind, message):
-    with pytest.raises((UserError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         open_dataset(str(data / annotations), "test", images and str(data / images), 32, kind)
 
 
@@ -253,7 +253,7 @@ def test_cityscapes_and_ade20k_are_read_as_their_converters_leave_them(tmp_path,
 def test_an_image_that_is_found_twice_is_named_with_its_places(tmp_path):
     dataset, images = converted(tmp_path, "cityscapes", "leftImg8bit"), tmp_path / "leftImg8bit"
     shutil.copytree(images / "val", images / "copy")
-    with pytest.raises(FileNotFoundError, match="2 times below .*(copy|val)/f.*(copy|val)/f"):
+    with pytest.raises(UserError, match="2 times below .*(copy|val)/f.*(copy|val)/f"):
         PanopticDataset(dataset.json_path, images)[0]
 
 
@@ -376,19 +376,19 @@ DAMAGE = [
     (IMAGE, None, "no such image"), (GREY, None, "no such depth map, .npy or .png"),
     (PANOPTIC, "cut", "not a readable annotation file"), (GREY, "cut", "not a readable depth map"),
     (MASK, IDS.astype(np.uint16), "16 bits per channel, expected 8"),
-    (MASK, id2rgb(IDS), "*(4, 3) pixels, expected (48, 33) like "),
+    (MASK, id2rgb(IDS), "*(4, 3) pixels, expected (48, 33)"),
     (GREY, DEPTH.T, "float64 (9, 6), expected *(6, 9)"),
     (GREY, map_of(), "int64 (6, 9), expected 16-bit integers or floats"),
     (INSTANCES, shape([[1, 1, 5, float("inf"), 1, 5]]), "image 4: segmentation [[][[]1, 1, 5, inf"),
     (INSTANCES, shape({"size": [9, 6], "counts": [54]}), "image 4: segmentation *9, 6*(6, 9)"),
     (INSTANCES, shape({"size": [6, 9], "counts": [-1, 55]}), "image 4: segmentation *-1, 55"),
-    (INSTANCES, shape(None), "*segmentation is None, expected list | dict"),
+    (INSTANCES, shape(None), "image 4: segmentation None: not a readable polygon"),
     (INSTANCES, lambda c: c["images"][1].update(height=60), "*(60, 9) pixels, expected (6, 9)"),
-    (PANOPTIC, segment(id=5), "image 11: segment *id 5*2 *expected on"),
+    (PANOPTIC, segment(id=5), "image 11: segment: id 5 twice, expected once"),
     (PANOPTIC, segment(id=0), "image 11: *id is 0, expected range(1, 16777216)"),
-    (PANOPTIC, segment(category_id=77), "image 11: categories {77}, expected some of"),
+    (PANOPTIC, segment(category_id=77), "image 11: *category_id is 77, expected {"),
     (MASK, id2rgb(np.full((48, 33), 77)), "*ids *77*"),
-    (PANOPTIC, lambda c: c["annotations"][1].update(image_id=10), "panoptic annotation *10*2 "),
+    (PANOPTIC, lambda c: c["annotations"][1].update(image_id=10), "annotation: image_id 10 twice, expected once"),
     (PANOPTIC, lambda c: c["annotations"][1].pop("segments_info"), "*segments_info is None, exp"),
     (PANOPTIC, lambda c: c["images"].pop(1), "*image 11"),
     (PANOPTIC, lambda c: c["annotations"].clear(), "no annotated image, expected at least one"),

@@ -189,11 +189,11 @@ PRESETS = {
     "tiny": Config(),
     "paper": Config(
         preset="paper", size=512, bits=7, ae_widths=(32, 64, 128, 256), points=12544,
-        ae_steps=60_000, ae_batch=16, ae_lr=1e-4, mask_scale=0.18215, image_scale=0.18215,
-        lr_schedule="constant", ids="random", timesteps="uniform", prediction="eps", task_width=768, image_encoder="sd", freeze_time=1,
-        unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0), unet_layers=2,
-        unet_heads=8, ldm_steps=200_000, ldm_batch=256, ldm_lr=1e-4, eval_steps=50,
-        min_area=512)}
+        ae_steps=60_000, ae_batch=16, ae_lr=1e-4, ids="random", timesteps="uniform",
+        mask_scale=0.18215, image_scale=0.18215, prediction="eps", task_width=768,
+        image_encoder="sd", unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0),
+        unet_layers=2, unet_heads=8, freeze_time=1, ldm_steps=200_000, ldm_batch=256,
+        ldm_lr=1e-4, eval_steps=50, lr_schedule="constant", min_area=512)}
 
 # ---- 2. Randomness and ranks -----------------------------------------------------------
 

@@ -7,9 +7,10 @@
 
 Leaves in --out: panoptic.json and panoptic/*.png, the COCO panoptic format (a pixel's id is
 R + 256 G + 65536 B, 0 = VOID), which evaluate.py --pred reads; overlay/*.png; grid.png with the
-first eight images; denoising.png with the predictions along one run (Fig. S5); noises.png with two noises (Fig. 10). With weights that know classes, segments have the
-category_id of their class, and --task semantic draws one segment for each class. --task depth
-leaves depth/*.png instead, 16 bits, from 1, the nearest, to 65535, and coloured overlay/*.png.
+first eight images; denoising.png with the predictions along one run (Fig. S5); noises.png with two
+noises (Fig. 10). With weights that know classes, segments have the category_id of their class, and
+--task semantic draws one segment for each class. --task depth leaves depth/*.png instead, 16 bits,
+from 1, the nearest, to 65535, and coloured overlay/*.png.
 """
 
 from glob import glob

@@ -159,7 +159,8 @@ def test_training_adds_the_noise_that_chose_the_ids_and_it_is_the_same_without_m
         chosen = match_ids(ids, eps, model.id_latents).gather(1, ids.flatten(1)).view_as(ids)
         x0 = model.encode_mask(ids if kind == "random" else chosen)
         alpha_bar = model.schedule.alpha_bar[t].view(2, 1, 1, 1)
-        torch.testing.assert_close(noisy[kind] - alpha_bar.sqrt() * x0, (1 - alpha_bar).sqrt() * eps)
+        noise = noisy[kind] - alpha_bar.sqrt() * x0
+        torch.testing.assert_close(noise, (1 - alpha_bar).sqrt() * eps)
     assert not torch.equal(*noisy.values())
 
 

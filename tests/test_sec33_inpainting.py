@@ -115,7 +115,7 @@ def test_the_given_ids_are_matched_to_the_noise_and_come_back(monkeypatch):
     model, inside = LDMSeg(small_config(ids="matched")), []
     image, ids, _ = situation()
     ids = ids.clamp(min=1)
-    monkeypatch.setattr(model, "encode_mask", lambda ids: inside.append(ids) or gaussian(3, 4, 4, 4))
+    model.encode_mask = lambda ids: inside.append(ids) or gaussian(3, 4, 4, 4)
     model.id_latents = gaussian(8, 4)
     model.decode = lambda z: F.one_hot(inside[0], 8).permute(0, 3, 1, 2).float()
     logits = model.inpaint(image, ids, torch.ones_like(ids, dtype=torch.bool), NOISE, 2)

@@ -19,8 +19,8 @@ sys.path.insert(0, str(REPO))
 
 from inpaint import keep_strokes  # noqa: E402
 from ldmseg import (  # noqa: E402
-    ShapeScenes, colorize, draw, evaluate, image_tensor, load_model, match_ids, overlay,
-    panoptic_quality, picture, random_generator, save_grid,
+    ShapeScenes, colorize, draw, evaluate, image_tensor, load_model, match_ids, panoptic_quality,
+    random_generator, save_grid,
 )  # fmt: skip
 
 
@@ -38,14 +38,15 @@ def choose_scenes(model, count=6):
 
 def segmented(record, ids):
     ids = match_ids(ids, record["ids"])
-    return [record["image"], colorize(record["ids"]), colorize(ids), overlay(record["image"], ids)]
+    image = record["image"]
+    return [image, colorize(record["ids"]), colorize(ids), colorize(ids, image=image)]
 
 
 def denoised(model, record, steps):
     image, truth, noise = record["image"], record["ids"], [(0, record["image_id"])]
     x0 = model.sample(image_tensor(image, len(image))[None], noise, max(steps), return_all=True)
     maps = (draw({"instance": x0[s - 1][0]}, "instance", truth.shape, model.config) for s in steps)
-    return [image, colorize(truth), *(picture(ids, "instance", truth) for ids, _ in maps)]
+    return [image, colorize(truth), *(colorize(ids, truth) for ids, _ in maps)]
 
 
 def completed(model, record):

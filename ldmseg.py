@@ -1510,7 +1510,7 @@ DIVERGED = "stopped, the last checkpoint is kept; try a lower ae_lr or ldm_lr"
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A script's command line: `flags` of FLAGS, with `changes` {flag: options}, in groups."""
+    """A script's command line: `flags`, or groups, of FLAGS, with `changes` {flag: options}."""
 
     def __init__(self, description, flags, changes, epilog=None):
         super().__init__(description=description, epilog=epilog, allow_abbrev=False,
@@ -1519,7 +1519,7 @@ class CommandLine(argparse.ArgumentParser):
         for group, known in FLAGS.items():
             self.groups[group] = self.add_argument_group(group)
             for flag, options in known.items():
-                if flag in flags.split():
+                if flag in flags.split() or group in flags.split():
                     self.add(group, flag, **options | changes.get(flag, {}))
 
     def add(self, group, flag, help, **options):
@@ -1537,8 +1537,7 @@ def training_command(description, stage):
     for name, f in STAGE_FIELDS[stage].items():
         value = ",".join(map(str, f.default)) if f.type is tuple else f.default
         lines.append(f"  {f'{name}={value}':34} {f.metadata['help']}")
-    flags = ("--data --images --train-split --split --limit --out --preset --set --accumulate "
-             "--eval-every --fresh --device --amp --seed --workers")
+    flags = "--data --images --train-split --split --limit --out --preset --set training machine"
     parser = CommandLine(description, flags, {
         "--data": dict(nargs="+", default=["shapes"]), "--out": dict(default=f"runs/{stage}")},
         "\n".join(lines))

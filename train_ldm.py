@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
@@ -27,11 +26,6 @@ from ldmseg import (
     override, random_generator, reading, require, resume_run, run_script, save_grid, save_run,
     setup_distributed, training_command, training_loader, training_steps,
 )  # fmt: skip
-
-# Config fields that a run must share with its autoencoders, and with the run that it starts from
-AUTOENCODER = ("target", "size", "ae_widths")
-NETWORK = ("prediction", "image_encoder", "image_scale", "stem_widths", "task_width",
-           "unet_widths", "unet_attention", "unet_layers", "unet_heads")
 
 
 def parse(argv):
@@ -54,13 +48,6 @@ def parse(argv):
 # ---- where training starts ----
 
 
-def check_same(flag, theirs, ours, names):
-    for name in names:
-        got, expected = getattr(theirs, name), getattr(ours, name)
-        require(got == expected, f"{flag}: its {name} is {got}, expected {expected}; use the "
-                                 "same flags and --set")
-
-
 def inherit_autoencoders(args):
     """The trained autoencoders of --ae, of ids and, for task depth, of depth; and the Config
     of this run, with their codes, shape and scales."""
@@ -71,10 +58,10 @@ def inherit_autoencoders(args):
     paths = args.ae or ["runs/ae" if Path("runs/ae/model.safetensors").exists() else SHIPPED]
     if config.needs_depth and len(paths) == 1:
         paths = [*paths, "runs/ae_depth"]
-    shown, count = " ".join(map(str, paths)), 1 + config.needs_depth
-    require(len(paths) == count, f"--ae {shown}: expected {count} of them for these --tasks")
+    count = 1 + config.needs_depth
+    require(len(paths) == count, f"--ae: {len(paths)} runs, expected {count} for these --tasks")
     if is_main():
-        print(f"autoencoder: {shown}")
+        print("autoencoder:", *paths)
 
     models = [load_model(path) for path in paths]
     models = [getattr(model, "autoencoder", model) for model in models]  # of either stage
@@ -84,21 +71,19 @@ def inherit_autoencoders(args):
         theirs, scale = model.config, "mask_scale" if target == "ids" else "depth_scale"
         measured = theirs.mask_scale * config.mask_std / theirs.mask_std
         config = replace(config, **{scale: getattr(config, scale) or measured})
-        check_same(f"--ae {path}", theirs, replace(config, target=target), AUTOENCODER)
+        require((theirs.target, theirs.size) == (target, config.size), f"--ae {path}: of "
+                f"{theirs.target} at {theirs.size} pixels, expected {target} at {config.size}")
     return models, config
 
 
 def from_pretrained(kind, path, subfolder=""):
     """A diffusers or transformers model of class `kind` from a folder or the hub."""
-    file = Path(path, subfolder, "config.json")
-    if (Path(path).exists() or Path(path).is_absolute()) and not file.exists():
-        raise FileNotFoundError(f"{file}: no such file, expected a pretrained {kind.__name__}")
     try:  # quiet without accelerate
         model, info = kind.from_pretrained(path, subfolder=subfolder, low_cpu_mem_usage=False,
                                            output_loading_info=True)
     except Exception as error:  # whatever these libraries raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: no {kind.__name__} in this folder or hub id ({reason})") from None
+        name, reason = subfolder or kind.__name__, " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: no {name} in this folder or hub id ({reason})") from None
     if missing := set(info["missing_keys"]) - {"embeddings.mask_token"}:
         raise UserError(f"{path}: lacks {len(missing)} weights, the first {min(missing)}")
     return model
@@ -122,9 +107,8 @@ def pretrained_encoder(config, sd):
     """The weights of a frozen image encoder, and `config` with its architecture. sd: Stable
     Diffusion's folder or hub id, or "none": its architecture with random weights."""
     if config.image_encoder == "dinov2":
-        from transformers import Dinov2Model, logging
+        from transformers import Dinov2Model
 
-        logging.disable_progress_bar()
         model = from_pretrained(Dinov2Model, config.dinov2)
         return model.state_dict(), replace(config, encoder_json=model.config.to_json_string())
     if sd == "none":
@@ -133,7 +117,7 @@ def pretrained_encoder(config, sd):
 
     vae = from_pretrained(AutoencoderKL, sd, "vae")
     shape = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    weights = nn.Sequential(vae.encoder, vae.quant_conv).state_dict()
+    weights = torch.nn.Sequential(vae.encoder, vae.quant_conv).state_dict()
     return weights, replace(config, encoder_json=json.dumps(shape))
 
 
@@ -157,7 +141,10 @@ def build_model(config, autoencoders, sd):
     run = encoder_weights = None
     if Path(sd, "model.safetensors").exists() or sd.endswith(".safetensors"):
         run = load_model(sd, kind=LDMSeg)
-        check_same(f"--sd {sd}", run.config, config, NETWORK)
+        for name in ("prediction task_width image_encoder image_scale stem_widths unet_widths "
+                     "unet_attention unet_layers unet_heads").split():
+            theirs, ours = getattr(run.config, name), getattr(config, name)
+            require(theirs == ours, f"--sd {sd}: its {name} is {theirs}, expected {ours}")
         config = replace(config, encoder_json=run.config.encoder_json)
     elif config.image_encoder != "patch":
         encoder_weights, config = pretrained_encoder(config, sd)
@@ -169,12 +156,12 @@ def build_model(config, autoencoders, sd):
     elif sd != "none":
         load_sd_unet(model.unet, sd)
     elif is_main() and (config.preset == "paper" or config.image_encoder == "sd"):
-        frozen = ", the frozen image encoder STAYS random" if config.image_encoder == "sd" else ""
-        print(f"--sd none: the UNet starts from RANDOM weights{frozen}")
+        print("--sd none: the UNet, and an encoder sd, which STAYS so, start from RANDOM weights")
     if sd != "none":
         model.unet.time_embedding.requires_grad_(not config.freeze_time)
     for name, autoencoder in zip(("autoencoder", "depth_autoencoder"), autoencoders):
-        getattr(model, name).load_state_dict(autoencoder.state_dict())
+        with reading("--ae", f"{name}; use the same --set for both"):
+            getattr(model, name).load_state_dict(autoencoder.state_dict())
     if config.checkpointing:
         model.unet.enable_gradient_checkpointing()
     if config.compile:
@@ -205,10 +192,8 @@ def score(model, val, config, device, autocast, args):
 
     scores, rows = {"autoencoder_pq": ceiling["instance"]["All"]["pq"]}, []
     for task, result in results.items():
-        prefix, numbers = "" if task == "instance" else f"{task}_", result.get("All", result)
-        scores |= {prefix + k: v for k, v in numbers.items() if k != "n"}
-        if task == "semantic":
-            scores["semantic_miou"] = result["miou"]
+        prefix, numbers = "" if task == "instance" else f"{task}_", result | result.get("All", {})
+        scores |= {prefix + k: v for k, v in numbers.items() if isinstance(v, float)}
     for (record, reconstruction), (_, drawn) in zip(alone, shown):
         maps = record["ids"], *reconstruction.values(), *drawn.values()
         rows.append([record["image"], *(colorize(one, record["ids"]) for one in maps)])
@@ -264,13 +249,12 @@ def main(argv=None):
         if done % 50 == 0 or evaluating:
             log_line(args.out, step=done, lr=lr, **means(history))
             history.clear()
-        averaged = ema.module.eval()
         if evaluating or stopping:
             save_run(args.out, done, config, settings, state)
         if stopping:
             raise KeyboardInterrupt(f"at step {done}, saved in {args.out}: same command goes on")
         if evaluating:
-            scores, rows = score(averaged, val, config, device, autocast, args)
+            scores, rows = score(ema.module.eval(), val, config, device, autocast, args)
             log_line(args.out, step=done, **scores, sampling_steps=config.eval_steps)
             titles = ["image", "truth", "autoencoder alone", *config.known_tasks]
             if is_main():

@@ -330,7 +330,7 @@ def test_data_with_other_classes_than_the_weights_is_an_error(complaint, runs, d
     ("semantic", "--ae {1.ae}", "bits is 3, expected 4"),
     ("semantic", "--data {2} shapes", "--data {2} shapes: different categories"),
     ("depth semantic depth", "", "('depth', 'semantic', 'depth'), expected different ones"),
-    ("depth", "--ae {0.ae} {0.ldm}", "--ae {0.ldm}: its target is ids, expected depth"),
+    ("depth", "--ae {0.ae} {0.ldm}", "--ae {0.ldm}: of ids at 32 pixels, expected depth"),
     ("depth", "--ae {0.ae}", "runs/ae_depth: no such weights"),
     ("depth", "--data {2}", "{2}/train_depth/"),
     ("depth", "--sd {0.ldm} --set unet_widths=32,64", "its unet_widths is (32, 32), expected ("),

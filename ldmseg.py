@@ -1567,8 +1567,8 @@ def open_training_data(args, config):
     train = [open_dataset(d, args.train_split, kind="train", **options) for d in args.data]
     val = open_dataset(args.data[-1], args.split, kind="val", **options)
     alike = all(one.categories == val.categories for one in train)
-    require(alike or "semantic" not in config.tasks, f"--data {' '.join(args.data)}: different "
-            "categories, expected the same for --tasks semantic")
+    require(alike or "semantic" not in config.tasks,
+            f"--data {' '.join(args.data)}: different categories with --tasks semantic")
     return train, val
 
 
@@ -1637,6 +1637,8 @@ def training_steps(start, stop, description):
             before[number] = signal.signal(number, catch)
         for step in progress(range(start, stop), description, total=stop, initial=start):
             yield step, caught
+        if caught:
+            raise KeyboardInterrupt("after the last step")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -1833,7 +1835,7 @@ def load_model(path=SHIPPED, device="cpu", kind=nn.Module):
             stored = facts["config"]  # another version's may have other fields
             known = [f for f in fields(Config) if f.name in stored]
             config = Config(**{f.name: f.type(stored[f.name]) for f in known})
-            model = {c.__name__: c for c in (LDMSeg, MaskAutoencoder)}[facts["model"]](config)
+            model = (LDMSeg if facts["model"] == "LDMSeg" else MaskAutoencoder)(config)
             model.load_state_dict({k: weights.get_tensor(k).float() for k in weights.keys()})
     ours, wanted = type(model).__name__, kind.__name__
     require(isinstance(model, kind), f"{path}: a {ours}, expected a {wanted}")

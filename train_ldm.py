@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --accumulate 2 \\
         --set checkpointing=1
 
-The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt and
-a picture per evaluation (image | truth | autoencoder alone | prediction) in the run folder.
+The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt
+and pictures (image | truth | autoencoder alone | prediction) in the run folder.
 """
 
 import json
@@ -49,8 +49,8 @@ def parse(argv):
 
 
 def inherit_autoencoders(args):
-    """The trained autoencoders of --ae, of ids and, for task depth, of depth; and the Config
-    of this run, with their codes, shape and scales."""
+    """The trained autoencoders of --ae, of ids and, for task depth, of depth; the Config, with
+    their codes, shape and scales."""
     config = replace(PRESETS[args.preset], tasks=tuple(args.tasks))
     if args.image_encoder:  # 0: its own scale
         config = replace(config, image_encoder=args.image_encoder, image_scale=0.0)
@@ -59,10 +59,9 @@ def inherit_autoencoders(args):
     if config.needs_depth and len(paths) == 1:
         paths = [*paths, "runs/ae_depth"]
     count = 1 + config.needs_depth
-    require(len(paths) == count, f"--ae: {len(paths)} runs, expected {count} for these --tasks")
+    require(len(paths) == count, f"--ae: {len(paths)} runs, expected {count} for --tasks")
     if is_main():
         print("autoencoder:", *paths)
-
     models = [load_model(path) for path in paths]
     models = [getattr(model, "autoencoder", model) for model in models]  # of either stage
     names = ("bits", "codes", "latents", "ae_widths")
@@ -79,8 +78,8 @@ def inherit_autoencoders(args):
 def from_pretrained(kind, path, subfolder=""):
     """A diffusers or transformers model of class `kind` from a folder or the hub."""
     try:  # quiet without accelerate
-        model, info = kind.from_pretrained(path, subfolder=subfolder, low_cpu_mem_usage=False,
-                                           output_loading_info=True)
+        options = dict(subfolder=subfolder, low_cpu_mem_usage=False)
+        model, info = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # whatever these libraries raise
         name, reason = subfolder or kind.__name__, " ".join(str(error).split())[:200]
         raise UserError(f"{path}: no {name} in this folder or hub id ({reason})") from None
@@ -90,11 +89,10 @@ def from_pretrained(kind, path, subfolder=""):
 
 
 def load_sd_unet(unet, path):
-    """Copy the weights of a Stable Diffusion v1 folder or hub id into a UNet of `build_unet`. The
-    kernel of `conv_in` goes to z_t; all other input channels start at zero, so that at first the
+    """Copy the weights of a Stable Diffusion v1 folder or hub id into a UNet of `build_unet`.
+    The kernel of `conv_in` goes to z_t, the other input channels start at zero: at first the
     output is that of Stable Diffusion's UNet without cross-attention, whatever the image."""
     from diffusers import UNet2DConditionModel
-
     tensors = from_pretrained(UNet2DConditionModel, path, "unet").state_dict()
     kernel = tensors["conv_in.weight"]
     others = unet.config.in_channels - kernel.shape[1]
@@ -104,17 +102,16 @@ def load_sd_unet(unet, path):
 
 
 def pretrained_encoder(config, sd):
-    """The weights of a frozen image encoder, and `config` with its architecture. sd: Stable
-    Diffusion's folder or hub id, or "none": its architecture with random weights."""
+    """The weights of a frozen image encoder, and `config` with its architecture. sd: a folder
+    or hub id of Stable Diffusion, or "none": its architecture with random weights."""
     if config.image_encoder == "dinov2":
         from transformers import Dinov2Model
-
         model = from_pretrained(Dinov2Model, config.dinov2)
-        return model.state_dict(), replace(config, encoder_json=model.config.to_json_string())
+        shape = model.config.to_json_string()
+        return model.state_dict(), replace(config, encoder_json=shape)
     if sd == "none":
         return None, replace(config, encoder_json=json.dumps(SD_VAE))
     from diffusers import AutoencoderKL
-
     vae = from_pretrained(AutoencoderKL, sd, "vae")
     shape = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     weights = torch.nn.Sequential(vae.encoder, vae.quant_conv).state_dict()
@@ -141,8 +138,8 @@ def build_model(config, autoencoders, sd):
     run = encoder_weights = None
     if Path(sd, "model.safetensors").exists() or sd.endswith(".safetensors"):
         run = load_model(sd, kind=LDMSeg)
-        for name in ("prediction task_width image_encoder image_scale stem_widths unet_widths "
-                     "unet_attention unet_layers unet_heads").split():
+        for name in ("prediction task_width image_encoder image_scale stem_widths "
+                     "unet_widths unet_attention unet_layers unet_heads").split():
             theirs, ours = getattr(run.config, name), getattr(config, name)
             require(theirs == ours, f"--sd {sd}: its {name} is {theirs}, expected {ours}")
         config = replace(config, encoder_json=run.config.encoder_json)
@@ -156,7 +153,7 @@ def build_model(config, autoencoders, sd):
     elif sd != "none":
         load_sd_unet(model.unet, sd)
     elif is_main() and (config.preset == "paper" or config.image_encoder == "sd"):
-        print("--sd none: the UNet, and an encoder sd, which STAYS so, start from RANDOM weights")
+        print("--sd none: RANDOM weights of the UNet, and of the encoder sd, which STAYS so")
     if sd != "none":
         model.unet.time_embedding.requires_grad_(not config.freeze_time)
     for name, autoencoder in zip(("autoencoder", "depth_autoencoder"), autoencoders):
@@ -189,10 +186,9 @@ def score(model, val, config, device, autocast, args):
     sample = partial(model.sample_tasks, tasks=config.known_tasks, steps=config.eval_steps)
     with autocast():
         results, shown = run(sample, config.known_tasks)
-
     scores, rows = {"autoencoder_pq": ceiling["instance"]["All"]["pq"]}, []
     for task, result in results.items():
-        prefix, numbers = "" if task == "instance" else f"{task}_", result | result.get("All", {})
+        numbers, prefix = result | result.get("All", {}), "" if task == "instance" else f"{task}_"
         scores |= {prefix + k: v for k, v in numbers.items() if isinstance(v, float)}
     for (record, reconstruction), (_, drawn) in zip(alone, shown):
         maps = record["ids"], *reconstruction.values(), *drawn.values()
@@ -223,15 +219,14 @@ def main(argv=None):
     net, history, batches = distribute(model), [], iter(loader)
     for step, interrupts in training_steps(start, steps, "stage 2"):
         # one coin per optimizer step, the same on all ranks
-        coin = random_generator(args.seed, "self-condition", step).random()
+        coin = random_generator(args.seed, "self-condition", step).random() < config.self_condition
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
             eps, t = noise_and_timesteps(batch.pop("position"), config, args.seed, device)
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             with autocast():  # Eq. 4
-                loss, error = net(eps=eps, t=t, self_condition=coin < config.self_condition,
-                                  **batch)
+                loss, error = net(eps=eps, t=t, self_condition=coin, **batch)
             scaler.scale(loss / args.accumulate).backward()
             history.append({"loss": loss.detach(), "error": error})
         lr = learning_rate(step, steps, config.ldm_lr, config)

@@ -278,8 +278,9 @@ def test_weights_of_several_tasks_hold_both_autoencoders_their_scales_and_the_cl
 
 @pytest.mark.parametrize("tasks, names", [
     (("depth", "instance"), "depth_abs_rel depth_rmse depth_delta1 pq sq rq"),
-    (("semantic", "instance"), "panoptic_pq panoptic_sq panoptic_rq pq sq rq "
-                               "semantic_pq semantic_sq semantic_rq semantic_miou"),
+    (("semantic", "instance"), " ".join(
+        f"{task}{name}" for task in ("panoptic_", "semantic_") for name in
+        ("pq", "sq", "rq", "miou", "pixel_accuracy")) + " pq sq rq"),
 ])  # fmt: skip
 def test_any_tasks_are_trained_in_their_order_and_scored(runs, tmp_path, tasks, names):
     train_ldm.main(tasks_command(runs, tmp_path, *tasks))

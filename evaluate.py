@@ -13,6 +13,7 @@ PNGs with id = R + 256 G + 65536 B) are compared: PQ, SQ, RQ averaged over the N
 occur, mIoU and pixel accuracy of the classes that the segments imply.
 """
 
+import json
 import sys
 import time
 from dataclasses import replace
@@ -23,9 +24,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ldmseg import (
-    SAMPLERS, CommandLine, PanopticQuality, UserError, evaluate, evaluation_batches, is_main,
-    open_dataset, progress, rank_and_world, read_coco, read_image, reading, run_script,
-    setup_distributed, start_script, summary, whole_number, write_json,
+    SAMPLERS, CommandLine, PanopticQuality, UserError, evaluate, evaluation_batches, from_zero,
+    is_main, open_dataset, progress, rank_and_world, read_coco, read_image, reading, require,
+    run_script, setup_distributed, start_script, write_json,
 )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def parse(argv):
         "--device --amp --seed --workers",
         {"--data": dict(default="shapes"), "--steps": dict(nargs="+")})
     parser.add("sampling", "--min-area", "drop smaller segments (default: the weights' own; stage "
-               "1: 0)", type=partial(whole_number, least=0), metavar="PIXELS")
+               "1: 0)", type=from_zero, metavar="PIXELS")
     parser.add("data", "--gt", "compare files, no model: the truth", metavar="JSON")
     parser.add("data", "--pred", "and the predictions", metavar="JSON")
     parser.add("data", "--gt-dir", "the truth's PNGs (default: --gt without .json)", metavar="DIR")
@@ -154,6 +155,11 @@ def score_weights(args):
     tasks = [config.task(args.task)] if args.task else list(config.known_tasks)
     dataset = open_dataset(args.data, args.split, args.images, config.size, "val",
                            "depth" in tasks)
+    if {"panoptic", "semantic"} & set(tasks):
+        ours, theirs = ([(c["id"], c["isthing"]) for c in categories]
+                        for categories in (json.loads(config.categories), dataset.categories))
+        require(ours == theirs, f"--data {args.data}: {len(theirs)} classes (id, isthing) {theirs},"
+                f" expected those of the weights, {ours}")
     if args.min_area is not None or model is autoencoder:
         config = replace(config, min_area=args.min_area or 0)
     options = dict(seed=args.seed, workers=args.workers, limit=args.limit)
@@ -183,6 +189,18 @@ def score_weights(args):
         sweep.append(as_json(results) | {"steps": steps, "seconds_per_image": seconds})
     result = {"sweep": sweep} if len(sweep) > 1 else (sweep or [ceiling])[0]
     return result | {"autoencoder": ceiling.get("All", ceiling)}
+
+
+def summary(task, result):
+    """The numbers of a task's result that a row shows: {title: value}."""
+    if task == "semantic":
+        return {"mIoU": result["miou"]}
+    if task == "depth":
+        return {"AbsRel": result["abs_rel"], "RMSE": result["rmse"], "delta1": result["delta1"]}
+    numbers = {name.upper(): result["All"][name] for name in ("pq", "sq", "rq")}
+    if task == "panoptic":
+        numbers |= {"PQ_th": result["Things"]["pq"], "PQ_st": result["Stuff"]["pq"]}
+    return numbers
 
 
 def print_row(name, results, seconds, titles):

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 
 from ldmseg import (
-    SAMPLERS, CommandLine, LDMSeg, ShapeScenes, UserError, colorize_depth, draw,
-    evaluation_batches, image_tensor, is_main, open_dataset, overlay, picture, rank_and_world,
-    read_image, run_script, save_grid, start_script, write_panoptic, write_panoptic_json, write_png,
+    SAMPLERS, CommandLine, LDMSeg, ShapeScenes, UserError, colorize, draw, evaluation_batches,
+    image_tensor, is_main, open_dataset, rank_and_world, read_image, run_script, save_grid,
+    start_script, write_panoptic, write_panoptic_json, write_png,
 )  # fmt: skip
 
 SHOWN = (1, 2, 4, 10, 20, 50)
@@ -90,7 +90,7 @@ def write_result(out, record, drawn, segments):
         return write_panoptic(out, record["file_name"], record, drawn, segments)
     name = Path(record["file_name"]).with_suffix(".png")
     write_png(out / "depth" / name, (1 + 32767 * (drawn.clip(-1, 1) + 1)).astype(np.uint16))
-    write_png(out / "overlay" / name, colorize_depth(drawn))
+    write_png(out / "overlay" / name, colorize(drawn))
 
 
 def draw_denoising(model, records, task, args, path):
@@ -117,7 +117,7 @@ def draw_noises(model, records, task, args, path):
 
 def picture_of(model, output, task, record):
     drawn, _ = draw({task: output}, task, record["image"].shape[:2], model.config)
-    return picture(drawn, task)
+    return colorize(drawn)
 
 
 def main(argv=None):
@@ -138,10 +138,9 @@ def main(argv=None):
                 entries.append(write_result(out, record, drawn, segments))
                 if len(rows) < 8:
                     truth = [] if args.paths or task == "depth" else [record["ids"]]
-                    rows.append([record["image"], *(picture(ids, task) for ids in truth),
-                                 picture(drawn, task, *truth)])
+                    rows.append([record["image"], *map(colorize, truth), colorize(drawn, *truth)])
                     if task != "depth":
-                        rows[-1].append(overlay(record["image"], drawn))
+                        rows[-1].append(colorize(drawn, image=record["image"]))
                     first.append(record)
 
         gathered = [entries]

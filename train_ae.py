@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
-    DIVERGED, MaskAutoencoder, Meter, PanopticQuality, TrainingStream, ae_loss, any_rank,
-    distribute, evaluate, gaussian_latents, global_mean_count, is_main, learning_rate, log_line,
-    make_ema, make_optimizer, open_training_data, picture, postprocess, random_generator, require,
-    resume_run, run_script, save_grid, save_run, segments_of, setup_distributed, training_command,
-    training_config, training_loader, training_steps,
+    DIVERGED, PRESETS, MaskAutoencoder, PanopticQuality, TrainingStream, ae_loss, any_rank,
+    colorize, distribute, evaluate, gaussian_latents, global_mean_count, is_main, learning_rate,
+    log_line, make_ema, make_optimizer, means, open_training_data, override, postprocess,
+    random_generator, require, resume_run, run_script, save_grid, save_run, segments_of,
+    setup_distributed, training_command, training_loader, training_steps,
 )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def score(autoencoder, val, config, device, args):
     results, shown = evaluate(reconstruct, [task], val, replace(config, min_area=0), device, 8,
                               limit=args.limit or 200, workers=args.workers, seed=args.seed)
     name = "depth" if task == "depth" else "ids"
-    rows = [[picture(record[name], task), picture(drawn[task], task, record["ids"])]
+    rows = [[colorize(record[name]), colorize(drawn[task], record["ids"])]
             for record, drawn in shown]
     if task == "depth":
         return results[task], rows
@@ -102,13 +102,13 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.target == "depth" and args.out == parser.get_default("out"):
         args.out += "_depth"
-    return args, training_config(args, "ae", target=args.target)
+    return args, override(replace(PRESETS[args.preset], target=args.target), args.set, "ae")
 
 
 def main(argv=None):
     args, config = parse(argv)
     device, autocast = setup_distributed(args.device, args.amp)
-    train, val, _ = open_training_data(args, config)
+    train, val = open_training_data(args, config)
     stream = TrainingStream(train, config, args.seed)
 
     torch.manual_seed(args.seed)
@@ -117,11 +117,11 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     steps = config.ae_steps
-    start, settings = resume_run(args, config, state, steps, device)
+    start, settings = resume_run(args, config, state, steps)
     if start >= steps:
         return
     loader = training_loader(stream, config.ae_batch, args.accumulate, start, steps, args.workers)
-    net, meter, batches = distribute(model), Meter(), iter(loader)
+    net, history, batches = distribute(model), [], iter(loader)
     for step, interrupts in training_steps(start, steps, "stage 1"):
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
@@ -136,7 +136,7 @@ def main(argv=None):
                     loss, parts = ae_loss(logits, target, coords, config.points)
                 loss = loss + config.kl_weight * kl
             scaler.scale(loss / args.accumulate).backward()
-            meter.add(len(target), loss=loss, kl=kl, **parts)
+            history.append({"loss": loss.detach(), "kl": kl.detach(), **parts})
         lr = learning_rate(step, steps, config.ae_lr, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -150,13 +150,13 @@ def main(argv=None):
         done, stopping = step + 1, any_rank(interrupts, device)
         evaluating = done % args.eval_every == 0 or done == steps
         if done % 50 == 0 or evaluating:
-            log_line(args.out, step=done, lr=lr, **meter.means())
-            meter = Meter()
+            log_line(args.out, step=done, lr=lr, **means(history))
+            history.clear()
         if evaluating or stopping:
             averaged = ema.module.eval()
             std = latent_std(averaged, stream, device)
             scaled = replace(config, mask_scale=config.mask_scale or config.mask_std / std)
-            save_run(args.out, done, averaged, scaled, settings, state)
+            save_run(args.out, done, scaled, settings, state)
         if stopping:
             raise KeyboardInterrupt(f"at step {done}, saved in {args.out}: same command goes on")
         if evaluating:
@@ -164,7 +164,6 @@ def main(argv=None):
             log_line(args.out, step=done, **scores, latent_std=std)
             if is_main():
                 save_grid(f"{args.out}/step{done:06d}.png", ["truth", "reconstruction"], rows)
-            meter = Meter()  # its clock starts again
 
 
 if __name__ == "__main__":

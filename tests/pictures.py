@@ -23,7 +23,7 @@ sys.path.insert(0, str(REPO))
 from inpaint import keep_strokes  # noqa: E402
 from ldmseg import (  # noqa: E402
     ShapeScenes, align_ids, colorize, compact_ids, draw, evaluate, gaussian_latents, image_tensor,
-    load_model, overlay, panoptic_quality, picture, random_generator, save_grid,
+    load_model, panoptic_quality, random_generator, save_grid,
 )  # fmt: skip
 
 
@@ -41,7 +41,8 @@ def choose_scenes(model, count=6):
 
 def segmented(record, ids):
     ids = align_ids(ids, record["ids"])
-    return [record["image"], colorize(record["ids"]), colorize(ids), overlay(record["image"], ids)]
+    image = record["image"]
+    return [image, colorize(record["ids"]), colorize(ids), colorize(ids, image=image)]
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def denoised(model, record, steps):
     image, truth, noise = record["image"], record["ids"], [(0, record["image_id"])]
     x0 = model.sample(image_tensor(image, len(image))[None], noise, max(steps), return_all=True)
     maps = (draw({"instance": x0[s - 1][0]}, "instance", truth.shape, model.config) for s in steps)
-    return [image, colorize(truth), *(picture(ids, "instance", truth) for ids, _ in maps)]
+    return [image, colorize(truth), *(colorize(ids, truth) for ids, _ in maps)]
 
 
 def completed(model, record):

@@ -34,9 +34,9 @@ def test_set_converts_to_the_fields_type():
 
 
 @pytest.mark.parametrize("stage, assignment, message", [
-    ("ldm", "ldm_rl=1", "unknown.*ldm_lr"), ("ae", "bits", "expected FIELD=VALUE"),
-    ("ae", "bits=few", "got 'few', expected int"), ("ae", "ae_widths=8,x", "expected tuple"),
-    ("ae", "unet_widths=8,8", "other stage"), ("ldm", "preset=paper", "or of a flag")])
+    ("ldm", "ldm_rl=1", "no field of stage ldm.*ldm_lr"), ("ae", "bits", "not a readable int"),
+    ("ae", "bits=few", "int .*'few'"), ("ae", "ae_widths=8,x", "not a readable tuple"),
+    ("ae", "unet_widths=8,8", "no field of stage ae"), ("ldm", "preset=paper", "no field of")])
 def test_set_names_what_it_cannot_use(stage, assignment, message):
     with pytest.raises(UserError, match=f"^--set {assignment.split('=')[0]}.*: .*{message}"):
         override(Config(), [assignment], stage)
@@ -201,7 +201,7 @@ def test_a_mistake_met_in_a_loader_process_is_one_line_and_exit_code_2(complaint
     ("ae", ["--set", "ae_lr=1"], "ae_lr 0.002, this command 1.0"),
     ("ae", ["--batch-size", "8"], "ae_batch 4, this command 8"),
     ("ae", ["--seed", "1"], "seed 0, this command 1"), ("ae", ["--data", "shapes"], "data ["),
-    ("ldm", ["--ae", "another.safetensors"], "--ae with checksum")])
+    ("ldm", ["--ae", "another.safetensors"], "ae [")])
 def test_resuming_with_other_settings_names_the_difference(
         complaint, command, tiny_run, tmp_path, monkeypatch, stage, flags, field):
     monkeypatch.chdir(tmp_path)
@@ -342,8 +342,7 @@ def test_training_on_two_ranks_logs_what_one_process_logs(folders, run):
     one, two = ((folder / run / "log.jsonl").read_text().splitlines() for folder in folders)
     assert len(one) == len(two) == 2
     for ours, theirs in zip(map(json.loads, two), map(json.loads, one)):
-        measured = {k: v for k, v in theirs.items() if k != "images_per_second"}
-        assert {k: ours[k] for k in measured} == pytest.approx(measured, rel=1e-3)
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def test_scores_and_the_wish_to_stop_are_shared(folders):

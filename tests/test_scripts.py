@@ -208,8 +208,8 @@ def test_other_data_than_scenes_gets_one_line_of_warning(data, tmp_path, capsys,
     ("train_ae", "--accumulate 3", "batch size 32, expected a multiple of --accumulate"),
     ("train_ae", "--limit 0", "--limit: 0, expected at least 1"),
     ("train_ae", "--amp fp16", "--amp fp16 needs cuda"), ("train_ae", "--device abacus", "abacus"),
-    ("train_ldm", "--ae nowhere", "nowhere: no weights, expected a run folder"),
-    ("train_ldm", "--ae {ae}", "its size is 32, expected 64")])
+    ("train_ldm", "--ae nowhere", "nowhere: no such weights file or run folder"),
+    ("train_ldm", "--ae {ae}", "of ids at 32 pixels, expected ids at 64")])
 def test_a_mistake_is_named_in_one_line(complaint, tiny_run, tmp_path, script, flags, message):
     (tmp_path / "notes.txt").write_text("kept")
     names = dict(ae=tiny_run.ae, file=tmp_path / "notes.txt", folder=tmp_path)

@@ -224,13 +224,16 @@ def is_main():
     return rank_and_world()[0] == 0
 
 
+def sum_over_ranks(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def global_mean_count(count):
     """This rank's count, a tensor -> float: the mean over ranks, at least 1 in total. A rank
     divides its sum of losses by it; DDP averages, so all get the mean over all ranks."""
-    count = count.float()
-    if dist.is_initialized():
-        dist.all_reduce(count)
-    return count.clamp(min=1) / rank_and_world()[1]
+    return sum_over_ranks(count.float()).clamp(min=1) / rank_and_world()[1]
 
 # ---- 3. Mask codes (Sec. 3.1, "Encoding") ----------------------------------------------
 
@@ -901,12 +904,9 @@ class LDMSeg(nn.Module):
 # ---- 10. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ----------------------
 
 
-def add_over_ranks(metric, device):
+def reduce_state(metric, device):
     """Sum the counts of a metric, its `state`, over all ranks."""
-    if dist.is_initialized():
-        total = torch.from_numpy(metric.state).to(device)
-        dist.all_reduce(total)
-        metric.state = total.cpu().numpy()
+    metric.state = sum_over_ranks(torch.from_numpy(metric.state).to(device)).cpu().numpy()
 
 
 def joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
@@ -948,7 +948,7 @@ class PanopticQuality:
         # in both, pixels, segments of another area in the JSON; predicted: FP, pixels
         self.state = np.zeros((len(rows) + 1, 8))
 
-    all_reduce = add_over_ranks
+    all_reduce = reduce_state
     # of the truth: segments of another area in the JSON, pixels of ids in no list
     mismatches = property(lambda self: (self.state[:, 5].sum(), self.state[-1, 4]))
 
@@ -1018,7 +1018,7 @@ class DepthQuality:
     def __init__(self):
         self.state = np.zeros(4)  # sums of the three over images, images
 
-    all_reduce = add_over_ranks
+    all_reduce = reduce_state
 
     def update(self, truth, predicted):
         """Count one image, (H, W): truth > 0 or NaN, predicted up to scale and shift."""
@@ -1632,9 +1632,7 @@ def training_steps(start, stop, description):
 
 
 def any_rank(value, device):
-    count = np.array([float(bool(value))])
-    add_over_ranks(device, count)
-    return bool(count)
+    return bool(sum_over_ranks(torch.tensor(float(bool(value)), device=device)))
 
 
 def make_optimizer(model, lr, config):
@@ -1675,8 +1673,7 @@ def make_ema(model, decay):
 def means(batches):
     """Of [{"loss": scalar, ...}, ...] over batches and ranks. UserError where not finite."""
     sums = torch.stack([sum(batch[name] for batch in batches) for name in batches[0]])
-    averages = (sums / len(batches) / rank_and_world()[1]).cpu().numpy()
-    add_over_ranks(sums.device, averages)
+    averages = sum_over_ranks(sums / len(batches) / rank_and_world()[1])
     result = dict(zip(batches[0], averages.tolist()))
     require(math.isfinite(result["loss"]), f"loss is {result['loss']}: {DIVERGED}")
     return result

@@ -1681,7 +1681,6 @@ def means(batches):
 # ---- 16. Run folders and weights -------------------------------------------------------
 
 SHIPPED = Path(__file__).parent / "assets" / "tiny.safetensors"
-SHIPPED_FACTS = "15500 steps on generated scenes, PQ 0.630 of 200 in 20 sampling steps"
 SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,  # of version 1,
           "down_block_types": ["DownEncoderBlock2D"] * 4}  # without its decoder
 OFFICIAL_PARTS = {"vae": "", "vae_semseg": "autoencoder.", "unet": "unet.",
@@ -1716,12 +1715,12 @@ def log_line(out, **values):
         print("  ".join(f"{k} {v:.6g}" for k, v in values.items()), flush=True)
 
 
-def save_weights(path, model, config, dtype=torch.float32, **facts):
-    """Write safetensors that `load_model` reads; Config and facts are in the metadata."""
+def save_weights(path, model, config, facts="", dtype=torch.float32):
+    """Write safetensors that `load_model` reads. facts: a line about the weights to tell."""
     tensors = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-    facts |= {"model": type(model).__name__, "config": asdict(config)}
+    about = {"model": type(model).__name__, "config": asdict(config), "facts": facts}
     with replacing(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata={"ldmseg": json.dumps(facts)}))
+        temporary.write_bytes(save(tensors, metadata={"ldmseg": json.dumps(about)}))
 
 
 def save_run(out, step, config, settings, state):
@@ -1731,8 +1730,8 @@ def save_run(out, step, config, settings, state):
     if is_main():
         for weights in (*state["model"].parameters(), *state["ema"].parameters()):
             require(weights.isfinite().all(), f"not finite at step {step}: {DIVERGED}")
-        save_weights(f"{out}/model.safetensors", state["ema"].module, config, step=step,
-                     data=settings["data"])
+        save_weights(f"{out}/model.safetensors", state["ema"].module, config,
+                     f"{step} steps on {' '.join(settings['data'])}")
         write_json(f"{out}/config.json", asdict(config))
         content = {name: part.state_dict() for name, part in state.items()}
         with replacing(f"{out}/checkpoint.pt") as temporary:  # last: it vouches for all
@@ -1809,20 +1808,23 @@ def load_official(path, unet_config=None):
 
 def load_model(path=SHIPPED, device="cpu", kind=nn.Module):
     """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, or the
-    authors' .pt files; `.config` is its Config. UserError unless it is a `kind`."""
+    authors' .pt files; `.config` is its Config, `.facts` a line about it. UserError unless
+    it is a `kind`."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     if file.suffix == ".pt":
-        model = load_official(file)
+        model, facts = load_official(file), "of the authors"
     else:
         with reading(file, "weights file or run folder"), safe_open(file, "pt") as weights:
-            facts = json.loads(weights.metadata()["ldmseg"])
-            stored = facts["config"]  # another version's may have other fields
+            about = json.loads(weights.metadata()["ldmseg"])
+            stored, facts = about["config"], about.get("facts")
+            # another version's may have other fields
             known = [f for f in fields(Config) if f.name in stored]
             config = Config(**{f.name: f.type(stored[f.name]) for f in known})
-            model = (LDMSeg if facts["model"] == "LDMSeg" else MaskAutoencoder)(config)
+            model = (LDMSeg if about["model"] == "LDMSeg" else MaskAutoencoder)(config)
             model.load_state_dict({k: weights.get_tensor(k).float() for k in weights.keys()})
     ours, wanted = type(model).__name__, kind.__name__
     require(isinstance(model, kind), f"{path}: a {ours}, expected a {wanted}")
+    model.facts = facts
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -1832,9 +1834,9 @@ def start_script(args, kind=nn.Module, scenes=True):
     device, autocast = setup_distributed(args.device, args.amp)
     path = Path(args.weights or SHIPPED)
     model, log = load_model(path, device, kind), path / "log.jsonl"
-    facts = log.read_text().splitlines()[-1] if log.exists() else ""
     if is_main():
-        print(f"weights: {path}: {SHIPPED_FACTS if path == SHIPPED else facts}")
+        last = log.read_text().splitlines()[-1] if log.exists() else ""
+        print(f"weights: {path}: {model.facts} {last}")
         if path == SHIPPED and not scenes:
             print("these weights know generated scenes only; train_ldm.py learns others")
     return model, device, autocast

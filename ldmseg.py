@@ -101,7 +101,7 @@ class Config:
     latents: str = knob("deterministic", "kind (Fig. 8)", ("deterministic", "gaussian"), "ae")
     kl_weight: float = knob(0.0, "of the KL term of gaussian latents", AMOUNT, "ae")
     points: int = knob(410, "per image (cross-entropy) or segment (mask)", COUNT, "ae")
-    ae_steps: int = knob(3000, "optimizer steps", COUNT, "ae")
+    ae_steps: int = knob(4500, "optimizer steps", COUNT, "ae")
     ae_batch: int = knob(16, "images per step", COUNT, "ae")
     ae_lr: float = knob(2e-3, "learning rate", AMOUNT, "ae")
     ae_clip: float = knob(3.0, "highest gradient norm", AMOUNT, "ae")

@@ -1835,8 +1835,9 @@ def start_script(args, kind=nn.Module, scenes=True):
     path = Path(args.weights or SHIPPED)
     model, log = load_model(path, device, kind), path / "log.jsonl"
     if is_main():
-        last = log.read_text().splitlines()[-1] if log.exists() else ""
-        print(f"weights: {path}: {model.facts} {last}")
+        lines = log.read_text().splitlines() if log.exists() else []
+        scored = [line for line in lines if '"pq"' in line]
+        print(f"weights: {path}: {model.facts}", *scored[-1:])
         if path == SHIPPED and not scenes:
             print("these weights know generated scenes only; train_ldm.py learns others")
     return model, device, autocast

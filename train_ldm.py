@@ -3,8 +3,7 @@
     python train_ldm.py                                     # generated scenes, on a laptop
     python train_ldm.py --data coco/ --ae runs/ae --out runs/coco
     python train_ldm.py --tasks instance semantic depth     # several tasks (Supp. A)
-    torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --accumulate 2 \\
-        --set checkpointing=1
+    torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --accumulate 2
 
 The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt
 and pictures (image | truth | autoencoder alone | prediction) in the run folder.
@@ -35,9 +34,9 @@ def parse(argv):
         "runs/ae if there, else shipped; runs/ae_depth)", nargs="+", metavar="RUN")
     add("--tasks", "to learn, told apart by an embedding (default: instance, without one)",
         nargs="+", choices=TASKS, default=[])
-    add("--sd", "start from Stable Diffusion v1 (folder or hub id), a run of this script (the "
-        "same network, any tasks), or none: random weights (default: preset paper "
-        "CompVis/stable-diffusion-v1-4, else none)", metavar="RUN_OR_ID")
+    add("--sd", "start from Stable Diffusion v1 (folder or hub id; preset paper: CompVis/"
+        "stable-diffusion-v1-4), a run of this script (same network, any tasks), or none: "
+        "random weights", metavar="RUN_OR_ID")
     add("--image-encoder", "patch: a small stem, trained; pretrained and frozen: sd; dinov2, "
         "of --set dinov2 (default: preset paper sd, else patch)", choices=IMAGE_ENCODERS)
     args = parser.parse_args(argv)
@@ -58,8 +57,7 @@ def inherit_autoencoders(args):
     paths = args.ae or ["runs/ae" if Path("runs/ae/model.safetensors").exists() else SHIPPED]
     if config.needs_depth and len(paths) == 1:
         paths = [*paths, "runs/ae_depth"]
-    count = 1 + config.needs_depth
-    require(len(paths) == count, f"--ae: {len(paths)} runs, expected {count} for --tasks")
+    require(len(paths) == 1 + config.needs_depth, f"--ae: {len(paths)} runs for these tasks")
     if is_main():
         print("autoencoder:", *paths)
     models = [load_model(path) for path in paths]
@@ -81,8 +79,8 @@ def from_pretrained(kind, path, subfolder=""):
         options = dict(subfolder=subfolder, low_cpu_mem_usage=False)
         model, info = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # whatever these libraries raise
-        name, reason = subfolder or kind.__name__, " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: no {name} in this folder or hub id ({reason})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: no {subfolder or kind.__name__} ({reason})") from None
     if missing := set(info["missing_keys"]) - {"embeddings.mask_token"}:
         raise UserError(f"{path}: lacks {len(missing)} weights, the first {min(missing)}")
     return model
@@ -171,9 +169,8 @@ def build_model(config, autoencoders, sd):
 
 def noise_and_timesteps(positions, config, seed, device):
     """eps (B, 4, h, w) and t int64 (B,) of samples at these positions of the stream."""
-    positions = positions.tolist()
-    noise = [random_generator(seed, "noise", p) for p in positions]
-    draws = [random_generator(seed, "timestep", p) for p in positions]
+    noise, draws = ([random_generator(seed, purpose, p) for p in positions.tolist()]
+                    for purpose in ("noise", "timestep"))
     if config.timesteps == "uniform":
         t = [draw.integers(NoiseSchedule.T) for draw in draws]
     else:  # noisy: half of them are above 3/4 T

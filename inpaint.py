@@ -37,7 +37,7 @@ def parse(argv):
     parser = CommandLine(
         __doc__, "--data --images --split --limit --out --json --weights --steps --device --amp "
         "--seed --workers", {
-            "--out": dict(default="runs/inpaint"), "--steps": dict(default=10),
+            "--out": dict(default="runs/inpaint"), "--steps": dict(help="of denoising", default=10),
             "--data": dict(help="the experiment, on 'shapes', a COCO-layout folder or a COCO JSON"),
             "--json": dict(help="where the table goes (default: table.json in --out)")})
     parser.add("data", "--image", "image to segment")
@@ -241,6 +241,7 @@ def report(args, blocks, pictures, table):
 def main(argv=None):
     args = parse(argv)
     model, device, autocast = start_script(args, LDMSeg, scenes=args.data == "shapes")
+    model.config.task("instance")  # or a UserError
     if args.data:
         run_experiment(model, args, device, autocast)
     else:

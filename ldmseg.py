@@ -12,6 +12,7 @@ at part II if you came for it. Part II: data and metrics; part III: flags, ranks
     Eq. 2  autoencoder loss              ae_loss (weight decay: make_optimizer)
     Eq. 3  forward process               NoiseSchedule.add_noise, inverse: .predict_x0
     Eq. 4  noise loss (Alg. 1)           LDMSeg.diffusion_loss, NoiseSchedule.weights
+           ids of its segments           match_ids, LDMSeg.match_to_noise
     Eq. 5  DDIM step                     NoiseSchedule.step
     Alg. 2 sampling; Alg. 3 inpainting   LDMSeg.sample; LDMSeg.inpaint
     Supp. A post-processing; tasks       postprocess, merge_panoptic; LDMSeg.predict
@@ -106,8 +107,8 @@ class Config:
     ae_lr: float = knob(2e-3, "learning rate", AMOUNT, "ae")
     ae_clip: float = knob(3.0, "highest gradient norm", AMOUNT, "ae")
     # stage 2
-    ids: str = knob("matched", "of segments, to the noise", ("matched", "random"), "ldm")
-    timesteps: str = knob("noisy", "of training", ("uniform", "noisy"), "ldm")
+    ids: str = knob("matched", "of segments: what the noise favours", ("matched", "random"), "ldm")
+    timesteps: str = knob("noisy", "noisy: half above 3/4 T", ("uniform", "noisy"), "ldm")
     mask_scale: float = knob(0.0, "factor s of mask latents; 0: gives mask_std", AMOUNT, "ldm")
     mask_std: float = knob(0.7, "standard deviation of mask latents", AMOUNT, "ldm")
     depth_scale: float = knob(0.0, "of depth latents; 0: measured", AMOUNT, "ldm")
@@ -134,7 +135,7 @@ class Config:
     freeze_time: int = knob(0, "1: keep the pretrained time embedding", SHARE, "ldm")
     checkpointing: int = knob(0, "1: recompute activations, less memory", SHARE, "ldm")
     compile: int = knob(0, "1: torch.compile the UNet", SHARE, "ldm")
-    eval_steps: int = knob(4, "sampling steps, unless --steps says more", (1, 1000), "ldm")
+    eval_steps: int = knob(10, "sampling steps, unless --steps is given", (1, 1000), "ldm")
     # both stages
     warmup: int = knob(200, "steps until the full learning rate", AMOUNT)
     lr_schedule: str = knob("cosine", "after the warm-up", ("constant", "cosine"))
@@ -299,11 +300,12 @@ def match_ids(ids, eps, id_latents):
 
     # summed over a segment's cells, by the share of their pixels that are in it
     share = [F.adaptive_avg_pool2d((ids == segment).float(), cells) for segment in range(N)]
-    score = torch.einsum("bshw,bnhw->bsn", torch.stack(share, 1), fit).cpu()
+    score = torch.einsum("bshw,bnhw->bsn", torch.stack(share, 1), fit)  # (B, N, N): old, new
 
-    # the best assignment; ids that no pixel has take what is left
-    best = [linear_sum_assignment(one[1:, 1:], maximize=True)[1] for one in score]
-    return F.pad(torch.from_numpy(1 + np.stack(best)), (1, 0)).to(ids.device)
+    # the best assignment, without VOID; old ids of no pixel score 0 and take what is left
+    score = score[:, 1:, 1:].cpu().numpy()
+    new_ids = 1 + np.stack([linear_sum_assignment(one, maximize=True)[1] for one in score])
+    return F.pad(torch.from_numpy(new_ids), (1, 0)).to(ids.device)  # VOID stays
 
 # ---- 4. Shallow autoencoder (Sec. 3.1, "Architectural Design") -------------------------
 
@@ -689,12 +691,14 @@ class LDMSeg(nn.Module):
         config.ids says so, and the new id of each old one, int64 (B, N)."""
         new_ids = torch.arange(self.config.num_ids, device=ids.device).expand(len(ids), -1)
         if self.config.ids == "matched":
-            new_ids = match_ids(ids, eps, self.id_latents)
+            with torch.autocast(ids.device.type, enabled=False):  # small differences decide
+                new_ids = match_ids(ids, eps, self.id_latents.to(ids.device))
         return new_ids.gather(1, ids.flatten(1)).view_as(ids), new_ids
 
     @cached_property
     def id_latents(self):
-        """Latents of each id, (N, 4), scaled: the middle cell of a map of nothing else."""
+        """Latents of each id, (N, 4), scaled: the middle cell of a map of nothing else. They
+        are kept: the autoencoder is frozen."""
         size, ids = self.config.size, torch.arange(self.config.num_ids, device=self.device)
         maps = [self.encode_mask(id.expand(1, size, size)) for id in ids]
         return torch.cat(maps)[:, :, size // 16, size // 16]
@@ -746,14 +750,15 @@ class LDMSeg(nn.Module):
     def diffusion_loss(self, image, ids, eps, t, self_condition, known=None, task=0, depth=None):
         """Eq. 4: squared error of the prediction (eps or v), weighted by timestep; and without
         weights. image (B, 3, H, W), ids int64, known bool, depth (B, H, W), eps (B, 4, h, w)
-        Gaussian, t, task int64 (B,). self_condition: feed a first estimate of x0 (Sec. 4.1,
+        Gaussian, t, task (places in config.tasks) int64 (B,). self_condition: feed a first estimate of x0 (Sec. 4.1,
         Analog Bits); known: feed these pixels, to finetune for `inpaint`. NOTE: paper: a sum
         over C, h, w, a mean over images; here a mean over all cells that are not VOID, because
         the learning rate then fits all sizes, and VOID has no truth."""
-        # each segment takes the id that its noise favours; classes and depth have one answer
+        # each segment takes the id that its noise favours; classes have one answer already
         matched, _ = self.match_to_noise(ids, eps)
-        is_free = torch.tensor([name != "semantic" for name in self.config.tasks or TASKS])
-        ids = torch.where(is_free.to(ids.device)[task].view(-1, 1, 1), matched, ids)
+        tasks = self.config.tasks or ("instance",)
+        is_class = torch.tensor([name == "semantic" for name in tasks], device=ids.device)
+        ids = torch.where(is_class[task].view(-1, 1, 1), ids, matched)
 
         # z_t = f_t(y) * s; z_i = f_i(x) * s
         x0, valid = self.clean_latents(ids, depth, task)
@@ -1121,7 +1126,8 @@ class ShapeScenes(Dataset):
         """Two to six from far to near, lit from one side; yields the same."""
         light, palette, placed = rng.uniform(-0.7, 0.7), rng.uniform(0.1, 0.95, (2, 3)), []
         for distance in np.sort(rng.uniform(0.1, 0.75, rng.integers(2, 7)))[::-1].tolist():
-            # of eight places the first that hides no other thing, or the one that hides least
+            # of eight places the first that hides no other thing, or the one that hides least;
+            # gaps to earlier things are negative where they overlap
             radius = rng.uniform(0.2, 0.265) * (1.2 - 0.65 * distance)
             foot = 1.0 - 0.9 * distance + rng.uniform(-0.15, 0.15, 8) - 0.6 * radius
             u, v = rng.random(8), foot.clip(0.04, 0.96)
@@ -1743,6 +1749,8 @@ def resume_run(args, config, state, steps):
     step, or 0, and the settings that a resumed run must share: Config and some flags."""
     path, shared = Path(args.out, "checkpoint.pt"), "data images train_split seed ae sd"
     settings = asdict(config) | {k: v for k, v in vars(args).items() if k in shared.split()}
+    everywhere = any_rank(path.exists(), next(state["model"].parameters()).device)
+    require(path.exists() == everywhere, f"{args.out}: only some processes see its checkpoint")
     if args.fresh or not path.exists():
         for old in ("log.jsonl", "checkpoint.pt") if is_main() else ():
             Path(args.out, old).unlink(missing_ok=True)
@@ -1816,10 +1824,11 @@ def load_model(path=SHIPPED, device="cpu", kind=nn.Module):
     else:
         with reading(file, "weights file or run folder"), safe_open(file, "pt") as weights:
             about = json.loads(weights.metadata()["ldmseg"])
-            stored, facts = about["config"], about.get("facts")
+            stored, facts = about["config"], about.get("facts", "")
             # another version's may have other fields
             known = [f for f in fields(Config) if f.name in stored]
-            config = Config(**{f.name: f.type(stored[f.name]) for f in known})
+            values = {f.name: f.type(stored[f.name]) for f in known}
+            config = replace(PRESETS[stored["preset"]], **values)
             model = (LDMSeg if about["model"] == "LDMSeg" else MaskAutoencoder)(config)
             model.load_state_dict({k: weights.get_tensor(k).float() for k in weights.keys()})
     ours, wanted = type(model).__name__, kind.__name__
@@ -1836,7 +1845,7 @@ def start_script(args, kind=nn.Module, scenes=True):
     model, log = load_model(path, device, kind), path / "log.jsonl"
     if is_main():
         lines = log.read_text().splitlines() if log.exists() else []
-        scored = [line for line in lines if '"pq"' in line]
+        scored = [line for line in lines if "pq" in line or "abs_rel" in line]
         print(f"weights: {path}: {model.facts}", *scored[-1:])
         if path == SHIPPED and not scenes:
             print("these weights know generated scenes only; train_ldm.py learns others")
@@ -1892,8 +1901,9 @@ def align_ids(ids, truth):
     id, others have ids above all of truth's."""
     renamed = np.where(ids == VOID, VOID, ids + truth.max() + 1)
     for id in np.setdiff1d(truth, [VOID]):
-        for other in np.setdiff1d(ids[truth == id], [VOID]):
-            theirs, ours = truth == id, ids == other
+        theirs = truth == id
+        for other in np.setdiff1d(ids[theirs], [VOID]):
+            ours = ids == other
             if (theirs & ours).sum() > 0.5 * (theirs | ours).sum():
                 renamed[ours] = id
     return renamed

@@ -60,8 +60,8 @@ def inherit_autoencoders(args):
     require(len(paths) == 1 + config.needs_depth, f"--ae: {len(paths)} runs for these tasks")
     if is_main():
         print("autoencoder:", *paths)
-    models = [load_model(path) for path in paths]
-    models = [getattr(model, "autoencoder", model) for model in models]  # of either stage
+    args.ae = list(map(str, paths))  # a resumed run has the same
+    models = [getattr(m, "autoencoder", m) for m in map(load_model, paths)]  # of either stage
     names = ("bits", "codes", "latents", "ae_widths")
     config = replace(config, **{name: getattr(models[0].config, name) for name in names})
     for path, model, target in zip(paths, models, ("ids", "depth")):
@@ -92,10 +92,11 @@ def load_sd_unet(unet, path):
     output is that of Stable Diffusion's UNet without cross-attention, whatever the image."""
     from diffusers import UNet2DConditionModel
     tensors = from_pretrained(UNet2DConditionModel, path, "unet").state_dict()
-    kernel = tensors["conv_in.weight"]
-    others = unet.config.in_channels - kernel.shape[1]
+    kernel, channels = tensors["conv_in.weight"], unet.config.out_channels
+    others = unet.config.in_channels - channels
     tensors["conv_in.weight"] = F.pad(kernel, (0, 0, 0, 0, 0, others))
     with reading(path, "UNet of Stable Diffusion v1, which the paper's preset expects"):
+        require(kernel.shape[1] == channels, f"{kernel.shape[1]} inputs, expected {channels}")
         unet.load_state_dict({name: tensors[name] for name in unet.state_dict()})
 
 
@@ -169,12 +170,11 @@ def build_model(config, autoencoders, sd):
 
 def noise_and_timesteps(positions, config, seed, device):
     """eps (B, 4, h, w) and t int64 (B,) of samples at these positions of the stream."""
-    noise, draws = ([random_generator(seed, purpose, p) for p in positions.tolist()]
-                    for purpose in ("noise", "timestep"))
-    if config.timesteps == "uniform":
-        t = [draw.integers(NoiseSchedule.T) for draw in draws]
-    else:  # noisy: half of them are above 3/4 T
-        t = [int(NoiseSchedule.T * (1 - (1 - draw.random()) ** 2)) for draw in draws]
+    positions, T = positions.tolist(), NoiseSchedule.T
+    noise = [random_generator(seed, "noise", p) for p in positions]
+    draws = [random_generator(seed, "timestep", p) for p in positions]
+    t = [draw.integers(T) if config.timesteps == "uniform" else
+         T - 1 - int(T * draw.random() ** 2) for draw in draws]
     return gaussian_latents(noise, config, device), torch.tensor(t, device=device)
 
 

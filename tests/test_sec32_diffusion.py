@@ -189,6 +189,15 @@ def test_a_perfect_model_draws_the_favoured_ids_in_one_step(monkeypatch):
     assert (logits.argmax(1) == chosen).float().mean() > 0.97  # all but the borders
 
 
+def test_autocast_changes_no_id(stub_model):
+    model = stub_model(lambda inputs, t: inputs[:, :4], ids="matched")
+    image, ids, eps, t = loss_inputs()
+    expected, _ = model.match_to_noise(ids, eps)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.match_to_noise(ids, eps)[0], expected)
+        assert model.diffusion_loss(image, ids, eps, t, False)[0].isfinite()
+
+
 @pytest.mark.parametrize("kind, above, share", [("uniform", 0.75, 0.25), ("noisy", 0.75, 0.5),
                                                 ("noisy", 0.51, 0.7)])
 def test_noisy_timesteps_are_a_square_root_of_uniform_ones(kind, above, share):
@@ -466,13 +475,14 @@ def test_stage_2_resumes_with_dinov2_which_does_not_change(data, tiny_run, dinov
 def test_a_folder_that_is_no_stable_diffusion_is_told_the_missing_file(
         sd_folder, tmp_path, there, missing):
     (tmp_path / there).symlink_to(sd_folder / there)
-    with pytest.raises(UserError, match=f"^{tmp_path}: no {missing} in this folder.*config.json"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: no {missing} .*config.json"):
         sd_model(tmp_path)
 
 
 @pytest.mark.parametrize("changes, message", [
     (dict(block_out_channels=(32, 96)), "size mismatch"), (dict(layers_per_block=1), "KeyError"),
-    (dict(use_linear_projection=True), "proj_in.weight")])  # version 2
+    (dict(use_linear_projection=True), "proj_in.weight"),  # version 2
+    (dict(in_channels=9), "9 inputs, expected 4")])  # for inpainting
 def test_another_version_of_stable_diffusion_is_refused_in_one_line(tmp_path, changes, message):
     with pytest.raises(UserError, match=f"^{tmp_path}: not a readable UNet.*{message}"):
         sd_model(save_sd(tmp_path, **changes), image_encoder="patch")

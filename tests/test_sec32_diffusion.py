@@ -484,7 +484,7 @@ def test_a_folder_that_is_no_stable_diffusion_is_told_the_missing_file(
     (dict(use_linear_projection=True), "proj_in.weight"),  # version 2
     (dict(in_channels=9), "9 inputs, expected 4")])  # for inpainting
 def test_another_version_of_stable_diffusion_is_refused_in_one_line(tmp_path, changes, message):
-    with pytest.raises(UserError, match=f"^{tmp_path}: not a readable UNet.*{message}"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: .*{message}"):
         sd_model(save_sd(tmp_path, **changes), image_encoder="patch")
 
 

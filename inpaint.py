@@ -188,10 +188,8 @@ def run_experiment(model, args, device, autocast):
     if max(blocks) > config.size:
         raise UserError(f"--block {blocks}, expected up to {config.size}, the model's input")
     rows = [(block, rate) for block in blocks for rate in args.drop_rate]
-    if args.strokes:
-        rows.append(("strokes", ""))
-    scores = {row: {m: Scores(config.num_ids) for m in METHODS} for row in rows}
-    pictures = []
+    rows += [("strokes", "")] if args.strokes else []
+    scores, pictures = {r: {m: Scores(config.num_ids) for m in METHODS} for r in rows}, []
 
     def complete(batch, known):
         with autocast():

@@ -750,10 +750,10 @@ class LDMSeg(nn.Module):
     def diffusion_loss(self, image, ids, eps, t, self_condition, known=None, task=0, depth=None):
         """Eq. 4: squared error of the prediction (eps or v), weighted by timestep; and without
         weights. image (B, 3, H, W), ids int64, known bool, depth (B, H, W), eps (B, 4, h, w)
-        Gaussian, t, task (places in config.tasks) int64 (B,). self_condition: feed a first estimate of x0 (Sec. 4.1,
-        Analog Bits); known: feed these pixels, to finetune for `inpaint`. NOTE: paper: a sum
-        over C, h, w, a mean over images; here a mean over all cells that are not VOID, because
-        the learning rate then fits all sizes, and VOID has no truth."""
+        Gaussian, t, task (places in config.tasks) int64 (B,). self_condition: feed a first
+        estimate of x0 (Sec. 4.1, Analog Bits); known: feed these pixels, for `inpaint`. NOTE:
+        paper: a sum over C, h, w, a mean over images; here a mean over all cells that are not
+        VOID, because the learning rate then fits all sizes, and VOID has no truth."""
         # each segment takes the id that its noise favours; classes have one answer already
         matched, _ = self.match_to_noise(ids, eps)
         tasks = self.config.tasks or ("instance",)

@@ -174,7 +174,7 @@ def score_weights(args):
                           [own_task], dataset, config, device, **options)
     ceiling, sweep = as_json(results), []
     print_row("autoencoder", results, None, titles=True)
-    for steps in args.steps or [config.eval_steps] if model is not autoencoder else ():
+    for steps in () if model is autoencoder else args.steps or [config.eval_steps]:
         predict = partial(model.sample_tasks, tasks=tasks, steps=steps, eta=SAMPLERS[args.sampler])
         with autocast():
             if not sweep:  # the first call is slow

@@ -30,7 +30,7 @@ import math
 import os
 import signal
 import sys
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
@@ -643,8 +643,8 @@ class DINOv2Encoder(nn.Module):
         self.channels, self.scale = shape.hidden_size, 1.0
 
     def forward(self, image):
-        h, w = image.shape[-2] // 8, image.shape[-1] // 8
-        image = v2.functional.resize(image, [14 * h, 14 * w], antialias=True) / 2 + 0.5
+        h, w, patch = image.shape[-2] // 8, image.shape[-1] // 8, self.layers.config.patch_size
+        image = v2.functional.resize(image, [patch * h, patch * w], antialias=True) / 2 + 0.5
         image = v2.functional.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         tokens = run_frozen(self.layers, image).last_hidden_state[:, 1:]  # without CLS
         return tokens.float().mT.unflatten(2, (h, w))  # (B, C, h, w)

@@ -80,7 +80,8 @@ def from_pretrained(kind, path, subfolder=""):
         model, info = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # whatever these libraries raise
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: no {subfolder or kind.__name__} ({reason})") from None
+        raise UserError(f"{path}: no {subfolder or kind.__name__} in this folder or hub id "
+                        f"({reason})") from None
     if missing := set(info["missing_keys"]) - {"embeddings.mask_token"}:
         raise UserError(f"{path}: lacks {len(missing)} weights, the first {min(missing)}")
     return model

@@ -3,19 +3,25 @@
 scenes  generated scenes per second in one process, at 64 and 256 pixels
 pq      Panoptic Quality of 640x480 pairs with 12 segments: times and their ratios, one thread
 paper   one training step of each stage at the paper's size, random weights: time, peak memory
-device  the paper's model in bf16 on a GPU (without one: tiny, a rehearsal): images per second and
-        peak memory of both stages by batch size, with checkpointing, compiled; sampling times
+device  the paper's model in bf16 on a GPU (--tiny: rehearsed on the CPU), random weights: time,
+        images per second and peak memory of sampling, training, and each way to run them;
+        stops after --seconds 100; --only compile --seconds 300: torch.compile, -h: more
 """
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+STARTED = time.perf_counter()
 if sys.argv[1:] == ["pq"]:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = "1"
@@ -24,12 +30,16 @@ sys.path.insert(0, str(REPO))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from scipy import ndimage  # noqa: E402
+from torch.nn.utils import clip_grad_norm_  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision.io import decode_png, read_file  # noqa: E402
 
 from ldmseg import (  # noqa: E402
-    PRESETS, SD_VAE, LDMSeg, MaskAutoencoder, PanopticQuality, ShapeScenes, ae_loss, id2rgb,
-    make_optimizer, read_image, segments_of, write_json, write_png,
+    PRESETS, SD_VAE, LDMSeg, MaskAutoencoder, PanopticQuality, ShapeScenes, ae_loss, distribute,
+    id2rgb, make_ema, make_optimizer, read_image, segments_of, setup_distributed, write_json,
+    write_png,
 )  # fmt: skip
 from train_ae import candidate_coords  # noqa: E402
 
@@ -181,49 +191,225 @@ def paper():
         subprocess.run([sys.executable, __file__, stage], check=True)
 
 
-def device():
-    from torch.utils.benchmark import Timer
+def replayed(unet):
+    """The UNet's forward as a CUDA graph, which its first call captures for inputs like those."""
+    forward, graph, kept = partial(type(unet).forward, unet), [], {}
+    # weights in bfloat16 need no autocast; its cached casts would not live as long as the graph
+    enabled = unet.dtype == torch.float32
+    autocast = torch.autocast(unet.device.type, torch.bfloat16, enabled, cache_enabled=False)
 
-    cuda = torch.cuda.is_available()
-    kind, batches = ("cuda", (1, 2, 4, 8, 16, 32, 64)) if cuda else ("cpu", (2,))
-    config = replace(PRESETS["paper" if cuda else "tiny"], encoder_json=json.dumps(SD_VAE),
-                     mask_scale=0.18215)  # fmt: skip
-    size, autocast = config.size, torch.autocast(kind, torch.bfloat16)
+    def call(z, t, encoder_hidden_states=None):
+        if not graph:
+            kept.update(z=z.to(unet.dtype, copy=True), t=t.clone())
+            with autocast:
+                forward(kept["z"], kept["t"], None)
+                graph.append(torch.cuda.CUDAGraph())
+                with torch.cuda.graph(graph[0]):
+                    kept["output"] = forward(kept["z"], kept["t"], None)
+        kept["z"].copy_(z)
+        kept["t"].copy_(t)
+        graph[0].replay()
+        return kept["output"]
 
-    def seconds(function, rounds=5):
-        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-        return timer.timeit(rounds).mean  # after two calls that warm up
+    return call
 
-    for name in ("stage 1", "stage 2, plain", "stage 2, checkpointing", "stage 2, compile"):
-        model = (MaskAutoencoder if name == "stage 1" else LDMSeg)(config).to(kind)
-        if "checkpointing" in name:
-            model.unet.enable_gradient_checkpointing()
-        if "compile" in name:
-            model.unet.compile()
-        for batch in batches:
-            inputs = (torch.rand(batch, 3, size, size), torch.ones(batch, size, size).long(),
-                      torch.randn(batch, 4, size // 8, size // 8), torch.full((batch,), 500))
-            inputs, optimizer = [x.to(kind) for x in inputs], make_optimizer(model, 1e-4, config)
-            loss = autocast(lambda: ae_step_loss(model, inputs[1]) if name == "stage 1"
-                            else model(*inputs, False)[0])  # fmt: skip
-            try:
-                torch.cuda.reset_peak_memory_stats() if cuda else None
-                rate = batch / seconds(lambda: train_step(optimizer, loss))
-            except torch.cuda.OutOfMemoryError:
-                print(f"{name}, batch {batch}: out of memory")
+
+def teraflop(function):
+    """10^12 operations of the convolutions and matrix products of a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 1e12
+
+
+class DeviceTable:
+    """The paper's model with random weights on a GPU; tiny: a small one, on the CPU."""
+
+    def __init__(self, tiny):
+        config, vae, self.kind = PRESETS["paper"], SD_VAE, "cpu" if tiny else "cuda"
+        self.batches, self.draws = (32, 48, 64, 96), ((1, 50), (16, 50), (64, 1))
+        if tiny:
+            config = replace(config, size=64, points=99, unet_widths=(32, 32, 64, 64))
+            vae = vae | {"block_out_channels": [32] * 4}
+            self.batches, self.draws = (1, 2), ((1, 3), (2, 1))
+        self.config = replace(config, encoder_json=json.dumps(vae))
+        self.device, self.autocast = setup_distributed(self.kind, "bf16")
+        with self.device:  # where the weights are drawn
+            self.model = LDMSeg(self.config).to(self.device, memory_format=torch.channels_last)
+        torch.nn.init.normal_(self.model.unet.conv_out.weight, std=0.02)  # 0 has no gradient
+        one, two = (teraflop(partial(self.draw, 1, steps)) for steps in (1, 2))
+        self.flops_to_draw = lambda steps: one + (steps - 1) * (two - one)
+        self.start()
+        self.flops_to_train = teraflop(partial(self.two_steps, self.inputs(1))) / 2
+        self.optimizer = self.ema = None  # no memory while it samples
+
+    def row(self, name, images, function, flops=0.0, first=None):
+        """Print seconds of the first call and of the median of one or two more, images and 10^12
+        operations (`flops`: of an image) a second, peak memory, which it returns; or the error."""
+        seconds, gpu = [], self.kind == "cuda"
+        torch.cuda.reset_peak_memory_stats() if gpu else None
+        try:
+            for call in (first or function, function, function):
+                if sum(seconds[1:]) > 1.5:
+                    break
+                begin = time.perf_counter()
+                call()
+                torch.cuda.synchronize() if gpu else None
+                seconds.append(time.perf_counter() - begin)
+        except Exception as error:  # out of memory, say: the next rows still run
+            print(f"{name:44} {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            peak = None
+        else:
+            taken, peak = np.median(seconds[1:]), torch.cuda.max_memory_allocated() / 2**30
+            rate = images / taken
+            print(f"{name:44} first {seconds[0]:5.2f}, then {taken:6.3f} s, {rate:7.2f} images/s, "
+                  f"{flops * rate:4.0f} TFLOP/s, {peak:5.1f} GiB")
+        sys.stdout.flush()
+        torch.cuda.empty_cache()
+        return peak
+
+    def draw(self, batch, steps):
+        image = torch.rand(batch, 3, self.config.size, self.config.size, device=self.device)
+        with self.autocast():
+            return self.model.sample(image, [(0, place) for place in range(batch)], steps)
+
+    def draw_row(self, kind, batch, steps):
+        self.row(f"sampling, {kind}, batch {batch}, {steps} steps", batch, partial(
+            self.draw, batch, steps), self.flops_to_draw(steps), partial(self.draw, batch, 1))
+
+    def sample(self):
+        unet = self.model.unet
+        for kind in ("as it is", "graph", "graph of bfloat16"):
+            unet.bfloat16() if "bfloat16" in kind else None
+            for batch, steps in self.draws:
+                if "graph" in kind:
+                    unet.forward = replayed(unet)
+                self.draw_row(kind, batch, steps)
+                vars(unet).pop("forward", None)
+        unet.float()
+
+    def inputs(self, batch):
+        """Images (B, 3, H, W), ids (B, H, W) of 16 segments, eps (B, 4, h, w), t (B,)."""
+        size, side = self.config.size, self.config.size // 4
+        ids = torch.randint(1, self.config.num_ids, (batch, 4, 4))
+        inputs = (torch.rand(batch, 3, size, size) * 2 - 1,
+                  ids.repeat_interleave(side, 1).repeat_interleave(side, 2),
+                  torch.randn(batch, 4, size // 8, size // 8), torch.randint(1000, (batch,)))
+        return [x.to(self.device) for x in inputs]
+
+    def start(self, layout=torch.channels_last, zero=0):
+        """Training from here, plain unless the row changes that."""
+        self.net, self.optimizer, self.ema = self.model.to(memory_format=layout), None, None
+        self.net.zero_grad()
+        self.optimizer = make_optimizer(self.net, 1e-4, replace(self.config, zero=zero))
+        self.ema = make_ema(self.model, self.config.ema)
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=False)
+
+    def two_steps(self, inputs):
+        """What train_ldm.py does in a step with self-conditioning and in one without."""
+        for self_condition in (True, False):
+            with self.autocast():
+                loss, _ = self.net(*inputs, self_condition)
+            self.scaler.scale(loss).backward()
+            assert all(p.grad is not None for p in self.model.unet.parameters())
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.model.parameters(), self.config.ldm_clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            self.ema.update_parameters(self.model)
+        assert loss.isfinite() and self.model.unet.conv_out.weight.isfinite().all()
+
+    def train_row(self, kind, batch, change=lambda: None):
+        steps = partial(self.two_steps, self.inputs(batch))
+        return self.row(f"stage 2, {kind}, batch {batch}", 2 * batch, steps, self.flops_to_train,
+                        lambda: (change(), steps()))
+
+    def train(self):
+        batch, encoder = self.batches[0], self.model.image_encoder
+        image, ids, _, _ = self.inputs(batch)
+        model = MaskAutoencoder(self.config).to(self.device, memory_format=torch.channels_last)
+        optimizer, loss = make_optimizer(model, 1e-4, self.config), self.autocast()(ae_step_loss)
+        self.row(f"stage 1, batch {batch}", batch,
+                 lambda: train_step(optimizer, lambda: loss(model, ids)))
+        self.row(f"image encoder, batch {batch}", batch, partial(self.autocast()(encoder), image))
+        layers, image = deepcopy(encoder.layers).bfloat16(), image.bfloat16()
+        self.row(f"image encoder of bfloat16, batch {batch}", batch, torch.no_grad()(
+            partial(layers, image)))
+        self.start()
+        for batch in self.batches:
+            if self.train_row("as it is", batch) is None:
                 break
-            peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else "no GPU"
-            print(f"{name}, batch {batch}: {rate:.2f} images per second, peak {peak}", flush=True)
-    for batch in (1, 16):
-        image = torch.rand(batch, 3, size, size, device=kind)
-        for steps in (1, 4, 10, 20, 50):
-            draw = autocast(lambda: model.sample(image, [(0, 0)] * batch, steps))
-            time_of = seconds(draw, 2)
-            print(f"sampling, batch {batch}, {steps} steps: {time_of / batch:.3f} s per image")
+
+    def modes(self):
+        """Stage 2 with one change at a time, which the first call of its row makes."""
+        unet, cudnn, peaks, autocast = self.model.unet, torch.backends.cudnn, {}, self.autocast
+
+        def fp16():
+            self.autocast = setup_distributed(self.kind, "fp16")[1]
+            self.scaler = torch.amp.GradScaler(self.kind)
+
+        def ranks(zero):
+            os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+            setup_distributed(self.kind)
+            self.start(zero=zero)
+            self.net = distribute(self.model)
+
+        for kind, change in {
+            "as it is": lambda: None, "checkpointing": unet.enable_gradient_checkpointing,
+            "fp16": fp16, "DDP of one rank": partial(ranks, 0), "ZeRO of one": partial(ranks, 1),
+            "contiguous": partial(self.start, torch.contiguous_format),
+            "cudnn.benchmark": partial(setattr, cudnn, "benchmark", True),
+        }.items():  # fmt: skip
+            self.start()
+            peaks[kind] = self.train_row(kind, self.batches[0], change)
+            if kind == "checkpointing" and all(peaks.values()):
+                print(f"    {peaks[kind] / peaks['as it is']:.2f} of the memory")
+            if kind == "fp16" and peaks[kind]:
+                print(f"    loss scale {self.scaler.get_scale():.0f}")
+            unet.disable_gradient_checkpointing()
+            cudnn.benchmark, self.autocast = False, autocast
+
+    def compile(self):  # minutes
+        self.start()
+        unet, encoder = self.model.unet, self.model.image_encoder.layers
+        self.train_row("UNet compiled", self.batches[0], unet.compile)
+        self.train_row("image encoder too", self.batches[0], encoder.compile)
+        self.optimizer = self.ema = None
+        self.model.zero_grad()
+        unet.compile(mode="reduce-overhead")
+        self.draw_row("reduce-overhead", *self.draws[0])
+
+
+def device(*options):
+    parser = argparse.ArgumentParser("bench.py device")
+    parser.add_argument("--only", nargs="+", choices=["sample", "train", "modes", "compile"],
+                        default=["sample", "train", "modes"], help="groups of rows")  # fmt: skip
+    parser.add_argument("--seconds", type=int, default=100, help="after which it stops")
+    parser.add_argument("--tiny", action="store_true", help="rehearse on the CPU")
+    args = parser.parse_args(options)
+    if not (args.tiny or torch.cuda.is_available()):
+        return print("no CUDA GPU, so nothing to measure; --tiny rehearses it on the CPU")
+
+    def stop(*_):
+        print(f"stopped after {args.seconds} seconds", flush=True)
+        os._exit(0)  # also in the middle of a compilation
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, args.seconds + STARTED - time.perf_counter()))
+    table = DeviceTable(args.tiny)
+    name = "CPU" if args.tiny else torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}; ready after {time.perf_counter() - STARTED:.0f} s",
+          flush=True)
+    for group in args.only:
+        getattr(table, group)()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    print(f"done after {time.perf_counter() - STARTED:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
     benchmarks = {f.__name__: f for f in (scenes, pq, paper, stage_1, stage_2, device)}
-    if sys.argv[1:] not in [[name] for name in benchmarks]:
+    name, *options = sys.argv[1:] or [""]
+    if name not in benchmarks or (options and name != "device"):
         sys.exit(__doc__)
-    benchmarks[sys.argv[1]]()
+    benchmarks[name](*options)

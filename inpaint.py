@@ -37,14 +37,14 @@ def parse(argv):
     parser = CommandLine(
         __doc__, "--data --images --split --limit --out --json --weights --steps --device --amp "
         "--seed --workers", {
-            "--out": dict(default="runs/inpaint"), "--steps": dict(help="of denoising", default=10),
+            "--out": dict(default="runs/inpaint"), "--steps": dict(help="of denoising (default: 10, preset paper 50)"),
             "--data": dict(help="the experiment, on 'shapes', a COCO-layout folder or a COCO JSON"),
             "--json": dict(help="where the table goes (default: table.json in --out)")})
     parser.add("data", "--image", "image to segment")
     parser.add("data", "--mask", "its partial mask")
     parser.add("sampling", "--variations", "completions to draw", type=whole_number, default=1)
-    parser.add("sampling", "--repeats", "passes over each timestep, with fresh noise; Alg. 3: 1",
-               type=whole_number, default=3)
+    parser.add("sampling", "--repeats", "passes over each timestep (Alg. 3: 1)", type=whole_number,
+               default=1)
     parser.add("sampling", "--drop-rate", "shares of the blocks to drop", type=float, nargs="+",
                default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="R")
     parser.add("sampling", "--block", "block sizes, of the model's input (default: side / 32, ... "
@@ -240,6 +240,7 @@ def main(argv=None):
     args = parse(argv)
     model, device, autocast = start_script(args, LDMSeg, scenes=args.data == "shapes")
     model.config.task("instance")  # or a UserError
+    args.steps = args.steps or model.config.eval_steps
     if args.data:
         run_experiment(model, args, device, autocast)
     else:

@@ -12,7 +12,7 @@ at part II if you came for it. Part II: data and metrics; part III: flags, ranks
     Eq. 2  autoencoder loss              ae_loss (weight decay: make_optimizer)
     Eq. 3  forward process               NoiseSchedule.add_noise, inverse: .predict_x0
     Eq. 4  noise loss (Alg. 1)           LDMSeg.diffusion_loss, NoiseSchedule.weights
-           ids of its segments           match_ids, LDMSeg.match_to_noise
+           ids of its segments           match_ids, LDMSeg.match_to
     Eq. 5  DDIM step                     NoiseSchedule.step
     Alg. 2 sampling; Alg. 3 inpainting   LDMSeg.sample; LDMSeg.inpaint
     Supp. A post-processing; tasks       postprocess, merge_panoptic; LDMSeg.predict
@@ -98,7 +98,7 @@ class Config:
     bits: int = knob(4, "N = 2 ** bits ids, VOID included", (1, 10), "ae")
     codes: str = knob("bit", "of ids (Table S1)", ("bit", "colour", "positional"), "ae")
     ae_widths: tuple = knob((16, 32, 64, 128), "channels at 1/1 to 1/8", COUNT, "ae")
-    latent_channels: int = knob(4, "channels of the mask latents", COUNT, "ae")
+    latent_channels: int = knob(8, "of the mask latents; paper: 4", COUNT, "ae")
     latents: str = knob("deterministic", "kind (Fig. 8)", ("deterministic", "gaussian"), "ae")
     kl_weight: float = knob(0.0, "of the KL term of gaussian latents", AMOUNT, "ae")
     points: int = knob(410, "per image (cross-entropy) or segment (mask)", COUNT, "ae")
@@ -108,13 +108,14 @@ class Config:
     ae_clip: float = knob(3.0, "highest gradient norm", AMOUNT, "ae")
     # stage 2
     ids: str = knob("matched", "of segments: what the noise favours", ("matched", "random"), "ldm")
-    timesteps: str = knob("noisy", "noisy: half above 3/4 T", ("uniform", "noisy"), "ldm")
+    timestep_power: float = knob(2.0, "1: uniform timesteps; above: more near T", (1, 8), "ldm")
     mask_scale: float = knob(0.0, "factor s of mask latents; 0: gives mask_std", AMOUNT, "ldm")
     mask_std: float = knob(0.7, "standard deviation of mask latents", AMOUNT, "ldm")
     depth_scale: float = knob(0.0, "of depth latents; 0: measured", AMOUNT, "ldm")
     image_scale: float = knob(0.0, "of image latents; 0: the encoder's", AMOUNT, "ldm")
     prediction: str = knob("v", "what the UNet predicts; paper: eps", ("eps", "v"), "ldm")
     loss_weights: str = knob("paper", "over time", ("paper", "released", "none"), "ldm")
+    decoded_weight: float = knob(0.0, "of the decoded cross-entropy", AMOUNT, "ldm")
     self_condition: float = knob(0.5, "share of self-conditioned steps", SHARE, "ldm")
     given_share: float = knob(0.0, "share of samples with given blocks", SHARE, "ldm")
     tasks: tuple = knob((), "several, told apart by an embedding (Supp. A)", TASKS, None)
@@ -123,7 +124,7 @@ class Config:
     image_encoder: str = knob("patch", "one of IMAGE_ENCODERS", stage=None)
     encoder_json: str = knob("", "architecture of a pretrained image encoder", stage=None)
     dinov2: str = knob("facebook/dinov2-base", "folder or hub id of DINOv2", stage="ldm")
-    stem_widths: tuple = knob((32, 64, 128), "of encoder patch, to 1/8", COUNT, "ldm")
+    stem_widths: tuple = knob((32, 64, 112), "of encoder patch, to 1/8", COUNT, "ldm")
     unet_widths: tuple = knob((96, 128), "channels of the UNet's levels", COUNT, "ldm")
     unet_attention: tuple = knob((1, 1), "1: self-attention at this level", SHARE, "ldm")
     unet_layers: int = knob(1, "residual blocks per level", COUNT, "ldm")
@@ -157,6 +158,8 @@ class Config:
         check("unet_attention", len(self.unet_attention) == levels, f"{levels} numbers")
         check("tasks", len(set(self.tasks)) == len(self.tasks), "different ones")
         check("kl_weight", not self.kl_weight or self.latents == "gaussian", "latents=gaussian")
+        check("decoded_weight", not self.decoded_weight or "depth" not in self.tasks,
+              "0 with task depth")
         check("bits", "semantic" not in self.tasks or classes < self.num_ids,
               f"{classes.bit_length()}, of stage 1, for {classes} classes and VOID")
         for f in fields(self):
@@ -189,7 +192,8 @@ PRESETS = {
     "tiny": Config(),
     "paper": Config(
         preset="paper", size=512, bits=7, ae_widths=(32, 64, 128, 256), points=12544,
-        ae_steps=60_000, ae_batch=16, ae_lr=1e-4, ids="random", timesteps="uniform",
+        latent_channels=4, stem_widths=(32, 64, 128), ae_steps=60_000, ae_batch=16,
+        ae_lr=1e-4, ids="random", timestep_power=1.0,
         mask_scale=0.18215, image_scale=0.18215, prediction="eps", task_width=768,
         image_encoder="sd", unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0),
         unet_layers=2, unet_heads=8, freeze_time=1, ldm_steps=200_000, ldm_batch=256,
@@ -559,11 +563,12 @@ class NoiseSchedule(nn.Module):
         return {"paper": ((j + 1) / (0.25 * self.T)).clamp(max=1).to(snr),
                 "released": snr.clamp(max=2) / snr, "none": torch.ones_like(snr)}[kind]
 
-    def timesteps(self, steps):
-        """S = steps ints, evenly spaced from T - 1 down to about T / S. NOTE: paper: subtracts
-        T // S; here the list is rounded, so that it spans T where S does not divide T."""
+    def timesteps(self, steps, power=1.0):
+        """S = steps ints from T - 1 down; power 1: evenly spaced, 2: half of them above 3/4 T.
+        NOTE: paper: subtracts T // S; here the list is rounded, so that it spans T where S does
+        not divide T."""
         require(1 <= steps <= self.T, f"{steps} sampling steps, expected 1 to {self.T}")
-        return [round(self.T - i * self.T / steps) - 1 for i in range(steps)]
+        return [round(self.T - self.T * (i / steps) ** power) - 1 for i in range(steps)]
 
 # ---- 8. The UNet on concatenated latents, the image encoders (Sec. 3.2) ----------------
 
@@ -676,6 +681,10 @@ class LDMSeg(nn.Module):
         self.register_buffer("loss_weights", weights, persistent=False)
 
     device = property(lambda self: self.loss_weights.device)
+    matched = property(lambda self: self.config.ids == "matched")
+
+    def timesteps(self, steps):  # of sampling, S ints
+        return self.schedule.timesteps(steps, self.config.timestep_power)
 
     def encode_image(self, image):  # (B, 3, H, W) -> z_image (B, C, h, w), scaled
         scale = self.config.image_scale or self.image_encoder.scale
@@ -686,13 +695,13 @@ class LDMSeg(nn.Module):
         z = self.autoencoder.encode(self.autoencoder.code(ids))
         return z.float() * self.config.mask_scale
 
-    def match_to_noise(self, ids, eps):
-        """ids int64 (B, H, W) -> the same map with the ids that the noise favours, if
-        config.ids says so, and the new id of each old one, int64 (B, N)."""
+    def match_to(self, ids, z):
+        """ids int64 (B, H, W) -> the same map with the ids that z (B, 4, h, w) favours, noise or
+        latents, if config.ids says so, and the new id of each old one, int64 (B, N)."""
         new_ids = torch.arange(self.config.num_ids, device=ids.device).expand(len(ids), -1)
-        if self.config.ids == "matched":
+        if self.matched:
             with torch.autocast(ids.device.type, enabled=False):  # small differences decide
-                new_ids = match_ids(ids, eps, self.id_latents.to(ids.device))
+                new_ids = match_ids(ids, z, self.id_latents.to(ids.device))
         return new_ids.gather(1, ids.flatten(1)).view_as(ids), new_ids
 
     @cached_property
@@ -755,7 +764,7 @@ class LDMSeg(nn.Module):
         paper: a sum over C, h, w, a mean over images; here a mean over all cells that are not
         VOID, because the learning rate then fits all sizes, and VOID has no truth."""
         # each segment takes the id that its noise favours; classes have one answer already
-        matched, _ = self.match_to_noise(ids, eps)
+        matched, _ = self.match_to(ids, eps)
         tasks = self.config.tasks or ("instance",)
         is_class = torch.tensor([name == "semantic" for name in tasks], device=ids.device)
         ids = torch.where(is_class[task].view(-1, 1, 1), ids, matched)
@@ -776,7 +785,7 @@ class LDMSeg(nn.Module):
             x0_previous = torch.where(touched, z_known, estimate)
 
         # noise_pred = h(z_c, j)
-        output, _, _ = self.predict(z_t, z_image, x0_previous, t, task)
+        output, estimate, _ = self.predict(z_t, z_image, x0_previous, t, task)
         signal, noise = self.schedule.signal_and_noise(t)
         target = eps if self.config.prediction == "eps" else signal * eps - noise * x0
 
@@ -785,7 +794,14 @@ class LDMSeg(nn.Module):
         error = (output - target).square().mean(1) * valid[:, 0]  # (B, h, w)
         weighted = error * self.loss_weights[t].view(-1, 1, 1)
         count = global_mean_count(valid.sum())
-        return weighted.sum() / count, error.detach().sum() / count
+        loss = weighted.sum() / count
+
+        # cross-entropy of the decoded estimate: every pixel has one right id
+        if self.config.decoded_weight:
+            logits = F.interpolate(self.decode(estimate).float(), ids.shape[1:], mode="bilinear")
+            ce = F.cross_entropy(logits, ids, ignore_index=VOID, reduction="sum")
+            loss = loss + self.config.decoded_weight * ce / global_mean_count((ids != VOID).sum())
+        return loss, error.detach().sum() / count
 
     forward = diffusion_loss  # what DDP calls
 
@@ -801,14 +817,15 @@ class LDMSeg(nn.Module):
         # z_i = f_i(x) * s; z_t = Gaussian noise
         z_image = self.encode_image(image)
         predictions = []  # x0 of each step
-        z_t = gaussian_latents(generators, self.config, self.device)
+        z_t = first_noise = gaussian_latents(generators, self.config, self.device)
         x0 = torch.zeros_like(z_t)
-        for t, t_next in pairwise([*self.schedule.timesteps(steps), -1]):
+        for t, t_next in pairwise([*self.timesteps(steps), -1]):
             # noise_pred = h(z_c, j), self-conditioned on the last estimate of x0
             _, x0, eps = self.predict(z_t, z_image, x0, t, task)
             predictions.append(x0)
 
             # z_t = scheduler.step(z_t, noise_pred, j, j_prev), Eq. 5
+            eps = first_noise if self.matched else eps
             fresh = gaussian_latents(generators, self.config, self.device) if eta else 0.0
             z_t = self.schedule.step(x0, eps, t, t_next, eta, fresh)
 
@@ -823,24 +840,27 @@ class LDMSeg(nn.Module):
         (B, N, H/2, W/2); the rest as in `sample`. NOTE: paper: the mask is resized to cells;
         here cells with all pixels known are pasted, those with any only fed in self-
         conditioning, because pasting them does harm. NOTE: paper: one pass over each
-        timestep; here `repeats`, each on fresh noise, because unknown cells then come to agree
-        with known ones (like RePaint, which repeats the step back)."""
+        timestep; here `repeats`, of random ids on fresh noise (like RePaint), because unknown
+        cells then come to agree with known ones."""
         generators = [random_generator(seed, "noise", position) for seed, position in noise]
 
-        # z_t = Gaussian noise; given segments take the ids that it favours
-        z_t = gaussian_latents(generators, self.config, self.device)
-        ids, new_ids = self.match_to_noise(ids * known, z_t)
-
-        # z_i = f_i(x) * s; z_t_masked = f_t(y) * s; m at 1/8
+        # z_i = f_i(x) * s; z_t = Gaussian noise
         z_image = self.encode_image(image)
+        z_t = first_noise = gaussian_latents(generators, self.config, self.device)
+        timesteps, x0 = self.timesteps(steps), torch.zeros_like(z_t)
+
+        # given segments take the ids that a first estimate without them has there
+        _, estimate, _ = self.predict(z_t, z_image, x0, timesteps[0], "instance")
+        ids, new_ids = self.match_to(ids * known, estimate)
+
+        # z_t_masked = f_t(y) * s; m at 1/8
         z_known, touched, complete = self.encode_known(ids, known)
-        x0 = torch.zeros_like(z_t)
-        for t, t_next in pairwise([*self.schedule.timesteps(steps), -1]):
+        for t, t_next in pairwise([*timesteps, -1]):
             for repeat in range(repeats):
-                # a further pass: fresh noise on what the last one found
+                # a further pass: noise on what the last one found
                 if repeat > 0:
                     fresh = gaussian_latents(generators, self.config, self.device)
-                    z_t = self.schedule.add_noise(x0, fresh, t)
+                    z_t = self.schedule.add_noise(x0, first_noise if self.matched else fresh, t)
 
                 # noise_pred = h(z_c, j); z_t without it (Eq. 3 solved) is x0
                 x0_previous = torch.where(touched, z_known, x0)
@@ -850,7 +870,7 @@ class LDMSeg(nn.Module):
                 x0 = torch.where(complete, z_known, x0)
 
             # z_t = add_noise(x0, noise_pred, j_prev), Eq. 3: what Eq. 5 does with eta 0
-            z_t = self.schedule.step(x0, eps, t, t_next)
+            z_t = self.schedule.step(x0, first_noise if self.matched else eps, t, t_next)
 
         # y_pred = g(z_t), with the caller's ids
         logits = self.decode(z_t)
@@ -873,7 +893,7 @@ class LDMSeg(nn.Module):
         outputs = {name: output[0] for name, output in outputs.items()}
         return draw(outputs, task, image.shape[:2], self.config)
 
-    def complete(self, image, given_mask, steps=10, repeats=3, seed=0, return_confidence=False):
+    def complete(self, image, given_mask, steps=None, repeats=1, seed=0, return_confidence=False):
         """Complete a mask, int ids (h, w) of the caller's choice, 0 = unknown, of an image uint8
         (H, W, 3) -> as `segment`, what is given unchanged, new segments with other ids.
         return_confidence: also the highest probability at each pixel, float (H, W)."""
@@ -886,7 +906,8 @@ class LDMSeg(nn.Module):
         small = F.adaptive_max_pool2d(torch.from_numpy(ids)[None].float(), self.config.size)
         small = small.long().to(self.device)
         picture = image_tensor(image, self.config.size)[None].to(self.device)
-        logits = self.inpaint(picture, small, small != VOID, [(seed, 0)], steps, repeats)[0]
+        logits = self.inpaint(picture, small, small != VOID, [(seed, 0)],
+                              steps or self.config.eval_steps, repeats)[0]
 
         # given ids continue across the border of the mask, and come back unchanged
         ids = resize_nearest(ids, size)

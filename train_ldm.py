@@ -62,7 +62,7 @@ def inherit_autoencoders(args):
         print("autoencoder:", *paths)
     args.ae = list(map(str, paths))  # a resumed run has the same
     models = [getattr(m, "autoencoder", m) for m in map(load_model, paths)]  # of either stage
-    names = ("bits", "codes", "latents", "ae_widths")
+    names = ("bits", "codes", "latents", "latent_channels", "ae_widths")
     config = replace(config, **{name: getattr(models[0].config, name) for name in names})
     for path, model, target in zip(paths, models, ("ids", "depth")):
         theirs, scale = model.config, "mask_scale" if target == "ids" else "depth_scale"
@@ -174,8 +174,7 @@ def noise_and_timesteps(positions, config, seed, device):
     positions, T = positions.tolist(), NoiseSchedule.T
     noise = [random_generator(seed, "noise", p) for p in positions]
     draws = [random_generator(seed, "timestep", p) for p in positions]
-    t = [draw.integers(T) if config.timesteps == "uniform" else
-         T - 1 - int(T * draw.random() ** 2) for draw in draws]
+    t = [T - 1 - int(T * draw.random() ** config.timestep_power) for draw in draws]
     return gaussian_latents(noise, config, device), torch.tensor(t, device=device)
 
 

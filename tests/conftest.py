@@ -25,7 +25,7 @@ import train_ae  # noqa: E402
 import train_ldm  # noqa: E402
 
 TINY = ["size=32", "warmup=1", "min_segment=4", "min_area=4", "mask_threshold=0"]  # both stages
-TINY_AE = [*TINY, "bits=3", "ae_widths=8,16,32,32", "points=40"]
+TINY_AE = [*TINY, "bits=3", "latent_channels=4", "ae_widths=8,16,32,32", "points=40"]
 TINY_LDM = [*TINY, "stem_widths=8,8,16", "unet_widths=32,32", "unet_heads=2", "eval_steps=2",
             "self_condition=0.3"]  # fmt: skip
 
@@ -158,7 +158,7 @@ def gaussian(*shape, seed=0):
 
 def small_config(**changes):
     """The Config of the tiny runs; changes win."""
-    config = ldmseg.override(ldmseg.Config(mask_scale=0.5, ids="random"), TINY_AE, "ae")
+    config = ldmseg.override(ldmseg.Config(mask_scale=0.5, ids="random", timestep_power=1.0), TINY_AE, "ae")
     return replace(ldmseg.override(config, TINY_LDM, "ldm"), **changes)
 
 
@@ -189,8 +189,9 @@ class ConvUNet(nn.Module):
 
     def __init__(self, config, image_channels):
         super().__init__()
-        self.conv = nn.Conv2d(8 + image_channels, 4, 3, padding=1)
-        self.context = nn.Linear(config.task_width, 4) if config.tasks else None
+        channels = config.latent_channels
+        self.conv = nn.Conv2d(2 * channels + image_channels, channels, 3, padding=1)
+        self.context = nn.Linear(config.task_width, channels) if config.tasks else None
 
     def forward(self, inputs, t, encoder_hidden_states=None):
         output = self.conv(inputs).tanh() + t.view(-1, 1, 1, 1) / 1000

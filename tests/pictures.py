@@ -51,7 +51,7 @@ def favoured_and_drawn(model, record, noise):
     config, (seed, position) = model.config, noise
     truth = compact_ids(record["ids"], [s["id"] for s in record["segments"]])
     eps = gaussian_latents([random_generator(seed, "noise", position)], config, "cpu")
-    favoured, _ = model.match_to_noise(torch.from_numpy(truth)[None], eps)
+    favoured, _ = model.match_to(torch.from_numpy(truth)[None], eps)
     logits = model.sample(image_tensor(record["image"], config.size)[None], [noise], 1)
     drawn, _ = draw({"instance": logits[0]}, "instance", truth.shape, config)
     return favoured[0].numpy(), drawn

@@ -83,6 +83,10 @@ def test_timesteps_are_evenly_spaced_from_the_noisiest(steps, expected):
     assert NoiseSchedule().timesteps(steps) == expected
 
 
+def test_a_power_moves_sampled_timesteps_towards_noise():
+    assert NoiseSchedule().timesteps(5, 2.0) == [999, 959, 839, 639, 359]
+
+
 def test_draws_depend_on_seed_purpose_and_position_only():
     def draw(*key):
         return random_generator(*key).random(4).tolist()
@@ -100,12 +104,12 @@ def test_draws_depend_on_seed_purpose_and_position_only():
 
 
 def test_noise_is_standard_normal_and_an_images_own_in_any_batch_and_order():
-    def noise_of(*positions):  # two draws of each, (2, B, 4, 32, 32)
+    def noise_of(*positions):  # two draws of each, (2, B, 4, 64, 64)
         of = [random_generator(0, "noise", position) for position in positions]
-        return torch.stack([gaussian_latents(of, Config(size=256), "cpu") for _ in range(2)])
+        return torch.stack([gaussian_latents(of, PRESETS["paper"], "cpu") for _ in range(2)])
 
     noise = noise_of(5, 6, 7)
-    assert noise.shape == (2, 3, 4, 32, 32) and noise.dtype == torch.float32
+    assert noise.shape == (2, 3, 4, 64, 64) and noise.dtype == torch.float32
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
     assert torch.equal(noise_of(7, 5, 6), noise[:, [2, 0, 1]])
     assert torch.equal(noise_of(6), noise[:, 1:2])
@@ -196,16 +200,16 @@ def test_a_perfect_model_draws_the_favoured_ids_in_one_step(monkeypatch):
 def test_autocast_changes_no_id(stub_model):
     model = stub_model(lambda inputs, t: inputs[:, :4], ids="matched")
     image, ids, eps, t = loss_inputs()
-    expected, _ = model.match_to_noise(ids, eps)
+    expected, _ = model.match_to(ids, eps)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model.match_to_noise(ids, eps)[0], expected)
+        assert torch.equal(model.match_to(ids, eps)[0], expected)
         assert model.diffusion_loss(image, ids, eps, t, False)[0].isfinite()
 
 
-@pytest.mark.parametrize("kind, above, share", [("uniform", 0.75, 0.25), ("noisy", 0.75, 0.5),
-                                                ("noisy", 0.51, 0.7)])
-def test_noisy_timesteps_are_a_square_root_of_uniform_ones(kind, above, share):
-    config = small_config(timesteps=kind)
+@pytest.mark.parametrize("power, above, share", [(1.0, 0.75, 0.25), (2.0, 0.75, 0.5),
+                                                 (2.0, 0.51, 0.7), (3.0, 0.999, 0.1)])
+def test_a_power_moves_timesteps_towards_noise(power, above, share):
+    config = small_config(timestep_power=power)
     _, t = train_ldm.noise_and_timesteps(torch.arange(4000), config, 0, "cpu")
     assert 0 <= t.min() and t.max() == 999
     assert (t >= above * 1000).float().mean().item() == pytest.approx(share, abs=0.03)
@@ -237,6 +241,25 @@ def test_the_loss_of_a_perfect_prediction_is_0(stub_model, prediction):
     v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * model.encode_mask(ids)
     model.unet.function = lambda inputs, t: eps if prediction == "eps" else v
     assert max(model.diffusion_loss(image, ids, eps, t, False)) < 1e-10
+
+
+@pytest.mark.parametrize("prediction", KINDS)
+def test_the_decoded_loss_is_the_cross_entropy_of_what_the_estimate_decodes_to(stub_model,
+                                                                               prediction):
+    model = stub_model(lambda inputs, t: inputs[:, :4].cos(), prediction=prediction)
+    image, ids, eps, t = loss_inputs()
+    ids[0, :20] = 0  # VOID, as many pixels as are left count
+    plain, _ = model.diffusion_loss(image, ids, eps, t, False)
+    model.config = replace(model.config, decoded_weight=0.5)
+    loss, _ = model.diffusion_loss(image, ids, eps, t, False)
+
+    alpha_bar = model.schedule.alpha_bar[t].view(2, 1, 1, 1)
+    z_t = alpha_bar.sqrt() * model.encode_mask(ids) + (1 - alpha_bar).sqrt() * eps
+    x0 = {"eps": (z_t - (1 - alpha_bar).sqrt() * z_t.cos()) / alpha_bar.sqrt(),
+          "v": alpha_bar.sqrt() * z_t - (1 - alpha_bar).sqrt() * z_t.cos()}[prediction]
+    logits = F.interpolate(model.autoencoder.decode(x0 / 0.5), scale_factor=2, mode="bilinear")
+    surprise = -logits.log_softmax(1).gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(loss - plain, 0.5 * surprise[ids != 0].mean())
 
 
 def test_a_cell_counts_if_its_centre_pixel_is_not_void(stub_model):
@@ -329,6 +352,21 @@ def test_ddim_and_ddpm_equal_diffusers(stub_model, monkeypatch, eta, prediction,
     every = torch.stack(model.sample(z_image, [(0, 0), (0, 1)], steps, eta, return_all=True))
     assert relative_error(every, torch.stack(expected)) < 1e-4
     assert relative_error(every[-1], z_t) < 1e-4
+
+
+def test_with_matched_ids_the_first_noise_stays(stub_model, monkeypatch):
+    z_image, eps, x0 = gaussian(2, 16, 4, 4, seed=1), gaussian(2, 4, 4, 4), torch.zeros(2, 4, 4, 4)
+    monkeypatch.setattr(ldmseg, "gaussian_latents", lambda *_: eps)
+    model, expected = stub_model(mixing_unet, ids="matched", timestep_power=2.0), []
+    model.encode_image, model.decode = lambda image: z_image, lambda z, task: z
+    for t in (999, 937, 749, 437):
+        alpha_bar = model.schedule.alpha_bar[t]
+        z_t = eps if t == 999 else alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        v = mixing_unet(torch.cat([z_t, z_image, x0], 1), torch.tensor([t, t]))
+        x0 = alpha_bar.sqrt() * z_t - (1 - alpha_bar).sqrt() * v
+        expected.append(x0)
+    every = torch.stack(model.sample(z_image, [(0, 0), (0, 1)], 4, return_all=True))
+    assert relative_error(every, torch.stack(expected)) < 1e-4
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

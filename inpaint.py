@@ -24,7 +24,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ldmseg import (
-    VOID, CommandLine, LDMSeg, PanopticQuality, UserError, align_ids, colorize, continue_given,
+    VOID, CommandLine, LDMSeg, PanopticQuality, UserError, align_ids, colorize,
     draw, evaluation_batches, is_main, keep_blocks, open_dataset, random_generator, read_image,
     reading, require, resize_nearest, rgb2id, run_script, save_grid, segments_of, start_script,
     whole_number, write_json, write_panoptic, write_panoptic_json,
@@ -37,7 +37,7 @@ def parse(argv):
     parser = CommandLine(
         __doc__, "--data --images --split --limit --out --json --weights --steps --device --amp "
         "--seed --workers", {
-            "--out": dict(default="runs/inpaint"), "--steps": dict(help="of denoising (default: 10, preset paper 50)"),
+            "--out": dict(default="runs/inpaint"),
             "--data": dict(help="the experiment, on 'shapes', a COCO-layout folder or a COCO JSON"),
             "--json": dict(help="where the table goes (default: table.json in --out)")})
     parser.add("data", "--image", "image to segment")
@@ -208,8 +208,8 @@ def run_experiment(model, args, device, autocast):
                 ids, known = (resize_nearest(a[i], size) for a in (codes, known_codes))
                 drawn, without = (draw({"instance": one[i]}, "instance", size, config)[0]
                                   for one in (logits, plain))
-                nearest = resize_nearest(nearest_label(codes[i], known_codes[i]), size)
-                maps = (continue_given(drawn, ids, known), nearest, without)
+                nearest = nearest_label(codes[i], known_codes[i])
+                maps = drawn, resize_nearest(nearest, size), without
                 for method, drawn in zip(METHODS, maps):
                     scores[row][method].add(record, drawn, ids, known)
                 if first and i == 0:

@@ -55,6 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.io import ImageReadMode, decode_png
 from torchvision.models.convnext import LayerNorm2d
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -108,7 +109,7 @@ class Config:
     ae_clip: float = knob(3.0, "highest gradient norm", AMOUNT, "ae")
     # stage 2
     ids: str = knob("matched", "of segments: what the noise favours", ("matched", "random"), "ldm")
-    timestep_power: float = knob(2.0, "1: uniform timesteps; above: more near T", (1, 8), "ldm")
+    timestep_power: float = knob(1.0, "1: uniform; above 1: more near T", (1, 8), "ldm")
     mask_scale: float = knob(0.0, "factor s of mask latents; 0: gives mask_std", AMOUNT, "ldm")
     mask_std: float = knob(0.7, "standard deviation of mask latents", AMOUNT, "ldm")
     depth_scale: float = knob(0.0, "of depth latents; 0: measured", AMOUNT, "ldm")
@@ -124,7 +125,7 @@ class Config:
     image_encoder: str = knob("patch", "one of IMAGE_ENCODERS", stage=None)
     encoder_json: str = knob("", "architecture of a pretrained image encoder", stage=None)
     dinov2: str = knob("facebook/dinov2-base", "folder or hub id of DINOv2", stage="ldm")
-    stem_widths: tuple = knob((32, 64, 112), "of encoder patch, to 1/8", COUNT, "ldm")
+    stem_widths: tuple = knob((32, 64, 112), "of patch, to 1/8; lite0: the last", COUNT, "ldm")
     unet_widths: tuple = knob((96, 128), "channels of the UNet's levels", COUNT, "ldm")
     unet_attention: tuple = knob((1, 1), "1: self-attention at this level", SHARE, "ldm")
     unet_layers: int = knob(1, "residual blocks per level", COUNT, "ldm")
@@ -137,6 +138,7 @@ class Config:
     checkpointing: int = knob(0, "1: recompute activations, less memory", SHARE, "ldm")
     compile: int = knob(0, "1: torch.compile the UNet", SHARE, "ldm")
     eval_steps: int = knob(10, "sampling steps, unless --steps is given", (1, 1000), "ldm")
+    sampling_power: float = knob(3.0, "of their timesteps, as timestep_power", (1, 8), "ldm")
     # both stages
     warmup: int = knob(200, "steps until the full learning rate", AMOUNT)
     lr_schedule: str = knob("cosine", "after the warm-up", ("constant", "cosine"))
@@ -193,7 +195,7 @@ PRESETS = {
     "paper": Config(
         preset="paper", size=512, bits=7, ae_widths=(32, 64, 128, 256), points=12544,
         latent_channels=4, stem_widths=(32, 64, 128), ae_steps=60_000, ae_batch=16,
-        ae_lr=1e-4, ids="random", timestep_power=1.0,
+        ae_lr=1e-4, ids="random", sampling_power=1.0,
         mask_scale=0.18215, image_scale=0.18215, prediction="eps", task_width=768,
         image_encoder="sd", unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0),
         unet_layers=2, unet_heads=8, freeze_time=1, ldm_steps=200_000, ldm_batch=256,
@@ -508,21 +510,6 @@ def draw(outputs, task, size, config):
     ids = ids.cpu().numpy()
     return ids, segments_of(ids, {id: classes[c - 1]["id"] for id, c in class_of.items()})
 
-
-def continue_given(drawn, ids, known):
-    """NumPy maps (H, W) -> a new `drawn`: each connected unknown region of one drawn id takes
-    the id of most known pixels on its border, unless some of them have its id already. NOTE:
-    paper: no such step; here, because objects do not end where the given mask does."""
-    result, known = drawn.copy(), known & (ids != VOID)
-    for id in np.setdiff1d(drawn[~known], [VOID]):
-        regions, count = ndimage.label(~known & (drawn == id))
-        for number in range(1, count + 1):
-            region = regions == number
-            border = ids[ndimage.binary_dilation(region) & known]
-            if border.size and id not in border:
-                result[region] = np.bincount(border).argmax()
-    return result
-
 # ---- 7. Noise schedule and loss weights (Eq. 3, 5) -------------------------------------
 
 
@@ -655,7 +642,54 @@ class DINOv2Encoder(nn.Module):
         return tokens.float().mT.unflatten(2, (h, w))  # (B, C, h, w)
 
 
-IMAGE_ENCODERS = {"patch": PatchStem, "sd": StableDiffusionEncoder, "dinov2": DINOv2Encoder}
+class Lite0Block(nn.Sequential):
+    """Expand, filter, project; the batch norms are folded into the convolutions."""
+
+    def __init__(self, c_in, c, kernel, stride=1, expansion=6):
+        convolve = partial(Conv2dNormActivation, norm_layer=None, activation_layer=nn.ReLU6)
+        wide, pad = c_in * expansion, kernel // 2
+        super().__init__(
+            convolve(c_in, wide, 1) if expansion > 1 else nn.Identity(),
+            # as TensorFlow: at stride 2 one less at the top and left
+            nn.ZeroPad2d(2 * (pad - 1, pad)) if stride == 2 else nn.Identity(),
+            convolve(wide, wide, kernel, stride, 0 if stride == 2 else pad, groups=wide),
+            convolve(wide, c, 1, activation_layer=None))
+        self.residual = stride == 1 and c_in == c
+
+    def forward(self, x):
+        return x + super().forward(x) if self.residual else super().forward(x)
+
+
+class Lite0Encoder(nn.Module):
+    """Frozen features of EfficientNet-Lite0, of strides 8, 16 and 32 in the image at twice its
+    size, brought to the latent cells, and a small trained projection."""
+
+    def __init__(self, config):
+        super().__init__()
+        stem = Conv2dNormActivation(3, 32, 3, 2, 0, norm_layer=None, activation_layer=nn.ReLU6)
+        layers, c_in = [nn.ZeroPad2d((0, 1, 0, 1)), stem, Lite0Block(32, 16, 3, 1, 1)], 16
+        for c, kernel, stride, repeats in ((24, 3, 2, 1), (40, 5, 2, 1), (80, 3, 2, 2),
+                                           (112, 5, 1, 2), (192, 5, 2, 3), (320, 3, 1, 0)):
+            layers += [Lite0Block(c_in, c, kernel, stride)]
+            layers += [Lite0Block(c, c, kernel) for _ in range(repeats)]
+            c_in = c
+        self.layers = nn.Sequential(*layers).requires_grad_(False)
+        self.channels, self.scale = config.stem_widths[-1], 1.0
+        self.projection = nn.Sequential(
+            nn.Conv2d(40 + 112 + 320, self.channels, 1), nn.GroupNorm(8, self.channels),
+            nn.SiLU(), conv3x3(self.channels, self.channels))
+
+    def forward(self, image):
+        cells, features = [n // 8 for n in image.shape[-2:]], []
+        x = F.interpolate(image, scale_factor=2, mode="bilinear")
+        for part in (self.layers[:7], self.layers[7:13], self.layers[13:]):  # to 8, 16, 32
+            x = run_frozen(part, x)
+            features.append(F.interpolate(x.float(), cells, mode="bilinear"))
+        return self.projection(torch.cat(features, 1))
+
+
+IMAGE_ENCODERS = {"patch": PatchStem, "sd": StableDiffusionEncoder, "dinov2": DINOv2Encoder,
+                  "lite0": Lite0Encoder}
 
 # ---- 9. The model: its loss (Eq. 4, Alg. 1), sampling (Alg. 2), inpainting (Alg. 3) ----
 
@@ -684,7 +718,7 @@ class LDMSeg(nn.Module):
     matched = property(lambda self: self.config.ids == "matched")
 
     def timesteps(self, steps):  # of sampling, S ints
-        return self.schedule.timesteps(steps, self.config.timestep_power)
+        return self.schedule.timesteps(steps, self.config.sampling_power)
 
     def encode_image(self, image):  # (B, 3, H, W) -> z_image (B, C, h, w), scaled
         scale = self.config.image_scale or self.image_encoder.scale
@@ -851,10 +885,10 @@ class LDMSeg(nn.Module):
 
         # given segments take the ids that a first estimate without them has there
         _, estimate, _ = self.predict(z_t, z_image, x0, timesteps[0], "instance")
-        ids, new_ids = self.match_to(ids * known, estimate)
+        given, _ = self.match_to(ids * known, estimate)
 
         # z_t_masked = f_t(y) * s; m at 1/8
-        z_known, touched, complete = self.encode_known(ids, known)
+        z_known, touched, complete = self.encode_known(given, known)
         for t, t_next in pairwise([*timesteps, -1]):
             for repeat in range(repeats):
                 # a further pass: noise on what the last one found
@@ -872,8 +906,8 @@ class LDMSeg(nn.Module):
             # z_t = add_noise(x0, noise_pred, j_prev), Eq. 3: what Eq. 5 does with eta 0
             z_t = self.schedule.step(x0, first_noise if self.matched else eps, t, t_next)
 
-        # y_pred = g(z_t), with the caller's ids
-        logits = self.decode(z_t)
+        # y_pred = g(z_t), with the caller's ids, where most of what is given has them
+        logits, (_, new_ids) = self.decode(z_t), self.match_to(ids * known, z_t)
         return logits.gather(1, new_ids[:, :, None, None].expand_as(logits))
 
     def sample_tasks(self, batch, tasks, steps, eta=0.0):
@@ -909,10 +943,10 @@ class LDMSeg(nn.Module):
         logits = self.inpaint(picture, small, small != VOID, [(seed, 0)],
                               steps or self.config.eval_steps, repeats)[0]
 
-        # given ids continue across the border of the mask, and come back unchanged
+        # what is given comes back unchanged
         ids = resize_nearest(ids, size)
         drawn, _ = draw({"instance": logits}, "instance", size, self.config)
-        drawn = np.where(ids != VOID, ids, continue_given(drawn, ids, ids != VOID))
+        drawn = np.where(ids != VOID, ids, drawn)
 
         # back to the caller's ids; new segments take the lowest ones that are not used
         unused = np.setdiff1d(np.arange(1, len(given) + N), given)
@@ -1498,7 +1532,8 @@ FLAGS = {  # the same word means the same in every script: group -> flag -> how 
         "--out": dict(help="folder of the results"),
         "--json": dict(help="write the result to this file", metavar="OUT")},
     "model": {
-        "--weights": dict(help="run folder or weights file (default: the shipped weights)"),
+        "--weights": dict(help="run folder, weights file, or shipped: tiny, of generated scenes, "
+                          "the default for them; photos, the default for the rest"),
         "--preset": dict(help="where the Config starts", choices=PRESETS, default="tiny"),
         "--set": dict(help="Config fields, listed below", metavar="FIELD=VALUE", nargs="+",
                       action="extend", default=[])},
@@ -1707,7 +1742,8 @@ def means(batches):
 
 # ---- 16. Run folders and weights -------------------------------------------------------
 
-SHIPPED = Path(__file__).parent / "assets" / "tiny.safetensors"
+SHIPPED = {name: Path(__file__).parent / "assets" / f"{name}.safetensors"
+           for name in ("tiny", "photos")}  # of generated scenes; of photographs
 SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,  # of version 1,
           "down_block_types": ["DownEncoderBlock2D"] * 4}  # without its decoder
 OFFICIAL_PARTS = {"vae": "", "vae_semseg": "autoencoder.", "unet": "unet.",
@@ -1779,7 +1815,8 @@ def resume_run(args, config, state, steps):
     with reading(path, "checkpoint; --fresh starts over"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         stored, step = checkpoint["settings"], checkpoint["step"]
-    free = {"ae_steps", "ldm_steps", "eval_steps", "checkpointing", "compile", "zero"}
+    free = {"ae_steps", "ldm_steps", "eval_steps", "sampling_power", "checkpointing", "compile",
+            "zero"}
     for name in sorted(settings.keys() - free):
         ours, theirs = settings[name], stored.get(name)
         require(ours == theirs, f"{args.out}: its run has {name} {theirs}, this command "
@@ -1835,11 +1872,12 @@ def load_official(path, unet_config=None):
         return model
 
 
-def load_model(path=SHIPPED, device="cpu", kind=nn.Module):
-    """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, or the
-    authors' .pt files; `.config` is its Config, `.facts` a line about it. UserError unless
-    it is a `kind`."""
-    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+def load_model(path="photos", device="cpu", kind=nn.Module):
+    """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one of
+    SHIPPED ("photos": photographs; "tiny": generated scenes) or the authors' .pt files;
+    `.config` is its Config, `.facts` a line about it. UserError unless it is a `kind`."""
+    file = Path(path) if Path(path).exists() else SHIPPED.get(str(path), Path(path))
+    file = file / "model.safetensors" if file.is_dir() else file
     if file.suffix == ".pt":
         model, facts = load_official(file), "of the authors"
     else:
@@ -1859,17 +1897,15 @@ def load_model(path=SHIPPED, device="cpu", kind=nn.Module):
 
 
 def start_script(args, kind=nn.Module, scenes=True):
-    """The model of --weights, its device, and what makes an autocast context. Says which
-    weights, and, where the data are not `scenes`, what the shipped ones know."""
+    """The model of --weights, by default the shipped one of generated scenes or photographs,
+    its device, and what makes an autocast context. Says which weights."""
     device, autocast = setup_distributed(args.device, args.amp)
-    path = Path(args.weights or SHIPPED)
+    path = Path(args.weights or SHIPPED["tiny" if scenes else "photos"])
     model, log = load_model(path, device, kind), path / "log.jsonl"
     if is_main():
         lines = log.read_text().splitlines() if log.exists() else []
         scored = [line for line in lines if "pq" in line or "abs_rel" in line]
         print(f"weights: {path}: {model.facts}", *scored[-1:])
-        if path == SHIPPED and not scenes:
-            print("these weights know generated scenes only; train_ldm.py learns others")
     return model, device, autocast
 
 # ---- 17. Evaluation: data set -> predict -> segments -> metric -------------------------

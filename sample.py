@@ -1,6 +1,6 @@
 """Images -> panoptic masks (Alg. 2).
 
-    python sample.py                           # eight generated scenes, the shipped weights
+    python sample.py                           # eight generated scenes
     python sample.py cat.jpg photos/ "*.png"   # your images: files, folders, patterns
     python sample.py --data coco/ --weights runs/coco --limit 100
     python sample.py --task depth --weights runs/tasks cat.jpg

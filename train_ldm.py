@@ -1,6 +1,7 @@
 """Stage 2: train the denoising UNet on mask latents, given image latents (Sec. 3.2).
 
     python train_ldm.py                                     # generated scenes, on a laptop
+    python train_ldm.py --sd photos --data my/ --steps 600  # yours, from the shipped weights
     python train_ldm.py --data coco/ --ae runs/ae --out runs/coco
     python train_ldm.py --tasks instance semantic depth     # several tasks (Supp. A)
     torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --accumulate 2
@@ -31,14 +32,16 @@ def parse(argv):
     parser = training_command(__doc__, "ldm")
     add = partial(parser.add, "model")
     add("--ae", "stage 1's run, for task depth another, or the authors' ae.pt (default: "
-        "runs/ae if there, else shipped; runs/ae_depth)", nargs="+", metavar="RUN")
+        "that of a run in --sd, runs/ae if there, else tiny; runs/ae_depth)", nargs="+",
+        metavar="RUN")
     add("--tasks", "to learn, told apart by an embedding (default: instance, without one)",
         nargs="+", choices=TASKS, default=[])
     add("--sd", "start from Stable Diffusion v1 (folder or hub id; preset paper: CompVis/"
-        "stable-diffusion-v1-4), a run of this script (same network, any tasks), or none: "
-        "random weights", metavar="RUN_OR_ID")
+        "stable-diffusion-v1-4), a run of this script or photos, tiny (then --set starts at its "
+        "Config, not at --preset; any tasks), or none: random weights", metavar="RUN_OR_ID")
     add("--image-encoder", "patch: a small stem, trained; pretrained and frozen: sd; dinov2, "
-        "of --set dinov2 (default: preset paper sd, else patch)", choices=IMAGE_ENCODERS)
+        "of --set dinov2; lite0, of photos (default: preset paper sd, else patch)",
+        choices=IMAGE_ENCODERS)
     args = parser.parse_args(argv)
     args.sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
     return args
@@ -47,14 +50,23 @@ def parse(argv):
 # ---- where training starts ----
 
 
+def run_of(sd):
+    """The run of --sd or one of SHIPPED, an LDMSeg; None where it is neither."""
+    is_run = sd in SHIPPED or sd.endswith(".safetensors") or Path(sd, "model.safetensors").exists()
+    return load_model(sd, kind=LDMSeg) if is_run else None
+
+
 def inherit_autoencoders(args):
-    """The trained autoencoders of --ae, of ids and, for task depth, of depth; the Config, with
-    their codes, shape and scales."""
-    config = replace(PRESETS[args.preset], tasks=tuple(args.tasks))
-    if args.image_encoder:  # 0: its own scale
+    """The trained autoencoders of --ae, of ids and, for task depth, of depth; the Config, that
+    of a run in --sd or of --preset, with their codes, shape and scales."""
+    config, paths = PRESETS[args.preset], args.ae
+    if run := run_of(args.sd):  # not what belongs to its tasks and autoencoders
+        config, paths = run.config, paths or [args.sd]
+        config = replace(config, tasks=(), categories="", mask_scale=0.0, depth_scale=0.0)
+    if args.image_encoder not in (None, config.image_encoder):  # 0: its own scale
         config = replace(config, image_encoder=args.image_encoder, image_scale=0.0)
-    config = override(config, args.set, "ldm")
-    paths = args.ae or ["runs/ae" if Path("runs/ae/model.safetensors").exists() else SHIPPED]
+    config = replace(override(config, args.set, "ldm"), tasks=tuple(args.tasks))
+    paths = paths or ["runs/ae" if Path("runs/ae/model.safetensors").exists() else "tiny"]
     if config.needs_depth and len(paths) == 1:
         paths = [*paths, "runs/ae_depth"]
     require(len(paths) == 1 + config.needs_depth, f"--ae: {len(paths)} runs for these tasks")
@@ -102,13 +114,18 @@ def load_sd_unet(unet, path):
 
 
 def pretrained_encoder(config, sd):
-    """The weights of a frozen image encoder, and `config` with its architecture. sd: a folder
-    or hub id of Stable Diffusion, or "none": its architecture with random weights."""
+    """The weights of an image encoder's `layers`, None if it comes without, and `config` with
+    its architecture. sd: a folder or hub id of Stable Diffusion, or "none": its architecture
+    with random weights."""
     if config.image_encoder == "dinov2":
         from transformers import Dinov2Model
         model = from_pretrained(Dinov2Model, config.dinov2)
         shape = model.config.to_json_string()
         return model.state_dict(), replace(config, encoder_json=shape)
+    if config.image_encoder == "lite0":
+        return load_model(SHIPPED["photos"]).image_encoder.layers.state_dict(), config
+    if config.image_encoder != "sd":
+        return None, config
     if sd == "none":
         return None, replace(config, encoder_json=json.dumps(SD_VAE))
     from diffusers import AutoencoderKL
@@ -135,15 +152,13 @@ def start_from(run, model):
 
 def build_model(config, autoencoders, sd):
     """LDMSeg with the trained autoencoders, and the weights that `sd` names."""
-    run = encoder_weights = None
-    if Path(sd, "model.safetensors").exists() or sd.endswith(".safetensors"):
-        run = load_model(sd, kind=LDMSeg)
+    run, encoder_weights = run_of(sd), None
+    if run:
         for name in ("prediction task_width image_encoder image_scale stem_widths "
                      "unet_widths unet_attention unet_layers unet_heads").split():
             theirs, ours = getattr(run.config, name), getattr(config, name)
             require(theirs == ours, f"--sd {sd}: its {name} is {theirs}, expected {ours}")
-        config = replace(config, encoder_json=run.config.encoder_json)
-    elif config.image_encoder != "patch":
+    else:
         encoder_weights, config = pretrained_encoder(config, sd)
     model = LDMSeg(config)
     if encoder_weights:

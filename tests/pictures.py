@@ -85,7 +85,7 @@ def completed(model, record):
 
 
 if __name__ == "__main__":
-    model, assets = load_model(), REPO / "assets"
+    model, assets = load_model("tiny"), REPO / "assets"
     steps = [step for step in (1, 2, 4, 10, 20, 50) if step <= model.config.eval_steps]
     scenes = ShapeScenes("val", model.config.size)
     print(f"one step draws the favoured id in {agreement(model, scenes):.3f} of what it finds")

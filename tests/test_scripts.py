@@ -15,6 +15,7 @@ import ldmseg
 import numpy as np
 import pytest
 import sample
+import torch
 import train_ae
 import train_ldm
 from conftest import ON_CPU, REPO, areas_of
@@ -30,7 +31,7 @@ SCRIPTS = {script.__name__: script for script in (train_ae, train_ldm, sample, i
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model()
+    return load_model("tiny")
 
 
 def enlarged(scene, height, width):
@@ -183,17 +184,47 @@ def test_the_shipped_weights_are_used_and_named_whatever_lies_in_runs(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_run.ldm, "runs/ldm")
     SCRIPTS[script].main([*flags.split(), *FEW])
-    weights, *others = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"weights: {SHIPPED}: .*\d+ steps\b.*\bPQ 0\.\d+.*", weights)
-    assert not any("generated scenes only" in line for line in others)
+    weights, *_ = capsys.readouterr().out.splitlines()
+    facts = r"[\d,]+ steps on generated scenes\b.*\bPQ 0\.\d+.*"
+    assert re.fullmatch(rf"weights: {SHIPPED['tiny']}: {facts}", weights)
 
 
 @pytest.mark.parametrize("script, flags", [
     ("sample", "--data {0} --out {1}"), ("evaluate", "--data {0}"), ("inpaint", "--image "
      "{0}/val/val0.png --mask {0}/annotations/panoptic_val/val0.png --out {1}")])
-def test_other_data_than_scenes_gets_one_line_of_warning(data, tmp_path, capsys, script, flags):
+def test_other_data_than_scenes_is_for_the_weights_of_photographs(
+        data, tmp_path, capsys, script, flags):
     SCRIPTS[script].main([*flags.format(data, tmp_path).split(), *FEW])
-    assert capsys.readouterr().out.count("these weights know generated scenes only") == 1
+    weights, *_ = capsys.readouterr().out.splitlines()
+    facts = r"[\d,]+ steps on photographs\b.*\b128 pixels, 31 ids\b.*\bPQ 0\.\d+.*"
+    assert re.fullmatch(rf"weights: {SHIPPED['photos']}: {facts}", weights)
+
+
+def test_the_weights_of_photographs_part_sky_from_ground():
+    noise = np.random.default_rng(0).normal(size=(240, 640, 3))
+    sky = np.linspace((90, 140, 220), (190, 210, 240), 240)[:, None] + 3 * noise
+    ground = (95, 92, 88) + 18 * noise[..., :1]
+    image = np.concatenate([sky, ground]).clip(0, 255).astype(np.uint8)
+    truth = np.repeat([[1], [2]], 240, 0).repeat(640, 1)
+    assert panoptic_quality(truth, load_model().segment(image)[0])["pq"] > 0.5
+
+
+def test_a_run_folder_goes_before_shipped_weights_of_its_name(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [load_model(name).config.size for name in SHIPPED] == [64, 128]
+    shutil.copytree(tiny_run.ldm, "photos")
+    assert [load_model(name).config.size for name in SHIPPED] == [64, 32]
+
+
+def test_photographs_are_learned_from_the_shipped_weights_without_further_flags(data, tmp_path):
+    train_ldm.main(["--sd", "photos", "--data", str(data), "--out", str(tmp_path), "--steps", "1",
+                    "--batch-size", "2", *ON_CPU])  # fmt: skip
+    start, model = load_model("photos"), load_model(tmp_path)
+    other = {f for f, v in vars(start.config).items() if getattr(model.config, f) != v}
+    assert other == {"ldm_steps", "ldm_batch"}
+    learned = {name.split(".")[0] if ".layers." not in name else "layers" for name, tensor in
+               model.state_dict().items() if not torch.equal(tensor, start.state_dict()[name])}
+    assert learned == {"unet", "image_encoder"}
 
 
 @pytest.mark.parametrize("script, flags, message", [

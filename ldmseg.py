@@ -680,6 +680,7 @@ class Lite0Encoder(nn.Module):
             nn.SiLU(), conv3x3(self.channels, self.channels))
 
     def forward(self, image):
+        """Images (B, 3, H, W) in [-1, 1] -> features (B, channels, h, w)."""
         cells, features = [n // 8 for n in image.shape[-2:]], []
         x = F.interpolate(image, scale_factor=2, mode="bilinear")
         for part in (self.layers[:7], self.layers[7:13], self.layers[13:]):  # to 8, 16, 32
@@ -884,8 +885,10 @@ class LDMSeg(nn.Module):
         timesteps, x0 = self.timesteps(steps), torch.zeros_like(z_t)
 
         # given segments take the ids that a first estimate without them has there
-        _, estimate, _ = self.predict(z_t, z_image, x0, timesteps[0], "instance")
-        given, _ = self.match_to(ids * known, estimate)
+        given = ids * known
+        if self.matched:
+            _, estimate, _ = self.predict(z_t, z_image, x0, timesteps[0], "instance")
+            given, _ = self.match_to(given, estimate)
 
         # z_t_masked = f_t(y) * s; m at 1/8
         z_known, touched, complete = self.encode_known(given, known)
@@ -893,8 +896,9 @@ class LDMSeg(nn.Module):
             for repeat in range(repeats):
                 # a further pass: noise on what the last one found
                 if repeat > 0:
-                    fresh = gaussian_latents(generators, self.config, self.device)
-                    z_t = self.schedule.add_noise(x0, first_noise if self.matched else fresh, t)
+                    again = first_noise if self.matched else gaussian_latents(
+                        generators, self.config, self.device)
+                    z_t = self.schedule.add_noise(x0, again, t)
 
                 # noise_pred = h(z_c, j); z_t without it (Eq. 3 solved) is x0
                 x0_previous = torch.where(touched, z_known, x0)

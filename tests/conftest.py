@@ -158,7 +158,8 @@ def gaussian(*shape, seed=0):
 
 def small_config(**changes):
     """The Config of the tiny runs; changes win."""
-    config = ldmseg.override(ldmseg.Config(mask_scale=0.5, ids="random", sampling_power=1.0), TINY_AE, "ae")
+    config = ldmseg.Config(mask_scale=0.5, ids="random", sampling_power=1.0)
+    config = ldmseg.override(config, TINY_AE, "ae")
     return replace(ldmseg.override(config, TINY_LDM, "ldm"), **changes)
 
 

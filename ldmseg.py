@@ -65,27 +65,22 @@ from tqdm import tqdm
 
 # ---- 1. Configuration (Sec. 4.1) -------------------------------------------------------
 
-
 class UserError(ValueError):
     """A mistake in flags, files or arguments: scripts print its line and exit 2."""
-
 
 def require(condition, message):
     if not condition:
         raise UserError(message)
-
 
 VOID = 0
 TASKS = ("instance", "semantic", "depth")
 SAMPLERS = {"ddim": 0.0, "ddpm": 1.0}  # eta of `NoiseSchedule.step`
 COUNT, AMOUNT, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges of numbers, ends included
 
-
 def knob(default, help, allowed=None, stage="both"):
     """A field of Config. allowed: its choices, or its (lowest, highest); stage: the training
     script whose --set may change it, "ae", "ldm" or "both"; None: neither's."""
     return field(default=default, metadata=dict(help=help, allowed=allowed, stage=stage))
-
 
 @dataclass(frozen=True)
 class Config:
@@ -189,7 +184,6 @@ class Config:
         require(fits, f"--task {wanted}: these weights know {known}")
         return wanted or self.known_tasks[0]
 
-
 PRESETS = {
     "tiny": Config(),
     "paper": Config(
@@ -203,9 +197,7 @@ PRESETS = {
 
 # ---- 2. Randomness and ranks -----------------------------------------------------------
 
-
 PURPOSES = "scene order task sample points noise timestep self-condition blocks strokes".split()
-
 
 def random_generator(seed, purpose, position):
     """The one source of randomness: a NumPy generator that depends on these three alone.
@@ -215,27 +207,22 @@ def random_generator(seed, purpose, position):
         position = int.from_bytes(f"name {position}".encode())  # a string as one large number
     return np.random.default_rng([int(position), seed, PURPOSES.index(purpose)])
 
-
 def gaussian_latents(generators, config, device):
     """Standard normal noise, float32 (B, 4, h, w): drawn from one generator per image."""
     shape = (config.latent_channels, config.size // 8, config.size // 8)
     noise = [generator.standard_normal(shape, np.float32) for generator in generators]
     return torch.from_numpy(np.stack(noise)).to(device)
 
-
 def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-
 def is_main():
     return rank_and_world()[0] == 0
-
 
 def sum_over_ranks(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
 
 def global_mean_count(count):
     """This rank's count, a tensor -> float: the mean over ranks, at least 1 in total. A rank
@@ -243,7 +230,6 @@ def global_mean_count(count):
     return sum_over_ranks(count.float()).clamp(min=1) / rank_and_world()[1]
 
 # ---- 3. Mask codes (Sec. 3.1, "Encoding") ----------------------------------------------
-
 
 def int2bits(ids, n):
     """Analog bits: ids (B, H, W) -> float (B, n, H, W), -1 or +1, lowest first; VOID 0."""
@@ -254,12 +240,10 @@ def int2bits(ids, n):
     bits = ((ids[:, None] >> shifts) & 1).float() * 2 - 1  # (B, n, H, W)
     return bits * (ids[:, None] != VOID)
 
-
 def bits2int(bits):
     """Inverse of int2bits: float (B, n, H, W) -> int64 ids (B, H, W); all zero is VOID."""
     shifts = torch.arange(bits.shape[1], device=bits.device).view(1, -1, 1, 1)
     return ((bits > 0).long() << shifts).sum(1)
-
 
 def code_table(config):
     """Codes of all ids, float (N, C) in [-1, 1], VOID zero (Table S1): bits; "colour", a grid
@@ -276,7 +260,6 @@ def code_table(config):
         table = torch.cat([angle.sin(), angle.cos()], 1)
     return table * (ids != VOID)[:, None]
 
-
 def compact_ids(ids, listed):
     """NumPy ids of any size -> 1 + their index in the list `listed`; 0 if not in it."""
     if len(listed) == 0:
@@ -286,12 +269,10 @@ def compact_ids(ids, listed):
     place = order[rank.clip(max=len(order) - 1)]
     return np.where(np.asarray(listed)[place] == ids, place + 1, 0)
 
-
 def random_relabel(ids, num_ids, generator):
     """Random distinct ids for the segments of NumPy ids in [0, N-1]; VOID stays."""
     new_id = np.append(VOID, 1 + generator.permutation(num_ids - 1))
     return new_id[ids]
-
 
 def match_ids(ids, eps, id_latents):
     """The new id of each old one, int64 (B, N): those that Gaussian noise favours, the
@@ -315,9 +296,7 @@ def match_ids(ids, eps, id_latents):
 
 # ---- 4. Shallow autoencoder (Sec. 3.1, "Architectural Design") -------------------------
 
-
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
-
 
 class MaskAutoencoder(nn.Module):
     """Compresses mask codes by 8, decodes N logits at H/2; of target "depth": depth."""
@@ -370,7 +349,6 @@ class MaskAutoencoder(nn.Module):
 
 # ---- 5. Autoencoder loss: cross-entropy, BCE and Dice at uncertain points (Eq. 2) ------
 
-
 def sample_uncertain_points(uncertainty, points):
     """PointRend: uncertainty of M random candidates per row, (R, M), M >= points -> indices
     int64 (R, points): 3/4 are the most uncertain, 1/4 any."""
@@ -381,7 +359,6 @@ def sample_uncertain_points(uncertainty, points):
     uniform = torch.arange(first_random, M, device=top.device).expand(R, -1)
     return torch.cat([top, uniform], 1)
 
-
 def labels_around(ids, coords):
     """Ids of the 4 pixels around coords (B, M, 2), and bilinear weights: (B, M, 4) each."""
     H, W = ids.shape[1:]
@@ -390,7 +367,6 @@ def labels_around(ids, coords):
     weight = (1 - (position[:, :, None] - corner).abs()).prod(-1)  # (B, M, 4)
     x, y = corner[..., 0].clamp(0, W - 1).long(), corner[..., 1].clamp(0, H - 1).long()
     return ids.flatten(1).gather(1, (y * W + x).flatten(1)).view(weight.shape), weight
-
 
 def ae_loss(logits, ids, coords, points):
     """Eq. 2: cross-entropy + BCE + Dice, and these parts; means over all ranks without VOID.
@@ -439,7 +415,6 @@ def ae_loss(logits, ids, coords, points):
 
 # ---- 6. Logits -> segments (Supp. A) ---------------------------------------------------
 
-
 def resize_nearest(array, size):
     """NumPy map (H, W) -> (height, width) = size: of each new pixel's centre, the old pixel."""
     height, width = size
@@ -447,12 +422,10 @@ def resize_nearest(array, size):
     x = (2 * np.arange(width) + 1) * array.shape[1] // (2 * width)
     return array[y][:, x]
 
-
 def probabilities(logits, size):
     """Logits of an image (N, H/2, W/2), upsampled x2, then to size -> softmax (N, *size)."""
     logits = F.interpolate(logits[None].float(), scale_factor=2, mode="bilinear")
     return F.interpolate(logits, size, mode="bilinear")[0].softmax(0)
-
 
 def postprocess(logits, size, mask_threshold, min_area):
     """Logits (N, H/2, W/2) -> ids int64 (height, width); unsure pixels, small segments VOID.
@@ -461,7 +434,6 @@ def postprocess(logits, size, mask_threshold, min_area):
     ids[confidence < mask_threshold] = VOID
     small = torch.bincount(ids.flatten(), minlength=len(logits)) < min_area
     return ids.masked_fill(small[ids], VOID)
-
 
 def merge_panoptic(instance_logits, semantic_logits, size, isthing, *thresholds):
     """Supp. A: an instance takes the class that most of its pixels have in the semantic map,
@@ -480,7 +452,6 @@ def merge_panoptic(instance_logits, semantic_logits, size, isthing, *thresholds)
             class_of[int(table[id])] = winner
     return table.to(ids.device)[ids], class_of
 
-
 def segments_of(ids, category_of=()):
     """COCO's segments_info of a map (H, W). category_of: {id: category}, by default 1."""
     values, places, areas = np.unique(ids, return_inverse=True, return_counts=True)
@@ -488,7 +459,6 @@ def segments_of(ids, category_of=()):
     return [{"id": id, "category_id": dict(category_of).get(id, 1), "area": area,
              "iscrowd": 0, "bbox": [x.start, y.start, x.stop - x.start, y.stop - y.start]}
             for id, area, (y, x) in zip(values.tolist(), areas.tolist(), boxes) if id != VOID]
-
 
 def draw(outputs, task, size, config):
     """An image's {task: output} -> NumPy ids int64 (height, width), segments_info; of task
@@ -511,7 +481,6 @@ def draw(outputs, task, size, config):
     return ids, segments_of(ids, {id: classes[c - 1]["id"] for id, c in class_of.items()})
 
 # ---- 7. Noise schedule and loss weights (Eq. 3, 5) -------------------------------------
-
 
 class NoiseSchedule(nn.Module):
     """Stable Diffusion's `scaled_linear` schedule of T = 1000 steps."""
@@ -559,7 +528,6 @@ class NoiseSchedule(nn.Module):
 
 # ---- 8. The UNet on concatenated latents, the image encoders (Sec. 3.2) ----------------
 
-
 def build_unet(config, image_channels):
     """Stable Diffusion's UNet, random, over [z_t, z_image, x0_previous] (B, 4 + C + 4, h, w).
     Without config.tasks nothing feeds cross-attention, which is then removed."""
@@ -578,12 +546,10 @@ def build_unet(config, image_channels):
     nn.init.zeros_(unet.conv_out.weight)  # at first it predicts nothing
     return unet
 
-
 def image_tensor(image, size):
     """image uint8 (H, W, 3) -> float (3, size, size) in [-1, 1], antialiased."""
     image = torch.from_numpy(image.copy()).permute(2, 0, 1)
     return v2.functional.resize(image, [size, size], antialias=True).float() / 127.5 - 1
-
 
 class PatchStem(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> latents (B, channels, h, w), as all encoders. NOTE:
@@ -600,7 +566,6 @@ class PatchStem(nn.Module):
     def forward(self, image):
         return self.layers(image)
 
-
 def run_frozen(layers, image):
     """No gradient; bfloat16 if autocast asks for it, else float32: float16 overflows."""
     kind = image.device.type
@@ -608,7 +573,6 @@ def run_frozen(layers, image):
     wanted = torch.is_autocast_enabled(kind) and is_bf16
     with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=wanted):
         return layers(image)
-
 
 class StableDiffusionEncoder(nn.Module):
     """The paper's image latents: the means of Stable Diffusion's frozen encoder."""
@@ -622,7 +586,6 @@ class StableDiffusionEncoder(nn.Module):
 
     def forward(self, image):
         return run_frozen(self.layers, image)[:, : self.channels].float()
-
 
 class DINOv2Encoder(nn.Module):
     """Frozen patch tokens of DINOv2, one for each latent cell (Table S3)."""
@@ -641,7 +604,6 @@ class DINOv2Encoder(nn.Module):
         tokens = run_frozen(self.layers, image).last_hidden_state[:, 1:]  # without CLS
         return tokens.float().mT.unflatten(2, (h, w))  # (B, C, h, w)
 
-
 class Lite0Block(nn.Sequential):
     """Expand, filter, project; the batch norms are folded into the convolutions."""
 
@@ -658,7 +620,6 @@ class Lite0Block(nn.Sequential):
 
     def forward(self, x):
         return x + super().forward(x) if self.residual else super().forward(x)
-
 
 class Lite0Encoder(nn.Module):
     """Frozen features of EfficientNet-Lite0, of strides 8, 16 and 32 in the image at twice its
@@ -688,12 +649,10 @@ class Lite0Encoder(nn.Module):
             features.append(F.interpolate(x.float(), cells, mode="bilinear"))
         return self.projection(torch.cat(features, 1))
 
-
 IMAGE_ENCODERS = {"patch": PatchStem, "sd": StableDiffusionEncoder, "dinov2": DINOv2Encoder,
                   "lite0": Lite0Encoder}
 
 # ---- 9. The model: its loss (Eq. 4, Alg. 1), sampling (Alg. 2), inpainting (Alg. 3) ----
-
 
 class LDMSeg(nn.Module):
     """Eq. 1: stage 1's frozen autoencoder; the image encoder and UNet of stage 2."""
@@ -960,18 +919,15 @@ class LDMSeg(nn.Module):
             return *result, probabilities(logits, size).amax(0).cpu().numpy()
         return result
 
-
 # ========================================================================================
 # Part II. Data and metrics
 # ========================================================================================
 
 # ---- 10. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ----------------------
 
-
 def reduce_state(metric, device):
     """Sum the counts of a metric, its `state`, over all ranks."""
     metric.state = sum_over_ranks(torch.from_numpy(metric.state).to(device)).cpu().numpy()
-
 
 def joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
     """Pixels of each pair of segments (2 + truth's, 2 + predicted); row and column 0: ids
@@ -998,7 +954,6 @@ def joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
     require(not unlisted and not unseen, f"the prediction has {unlisted:.0f} pixels of ids "
             f"not in its list, none of {unseen[:5]} in its list")
     return counts
-
 
 class PanopticQuality:
     """Panoptic Quality, mIoU over images. categories: COCO's; class_agnostic: all are one."""
@@ -1068,13 +1023,11 @@ class PanopticQuality:
             result |= {"miou": float(miou), "pixel_accuracy": float(accuracy)}
         return result
 
-
 def panoptic_quality(truth, prediction):
     """Class-agnostic {"pq", "sq", "rq", "n"} of two int maps (H, W), 0 = VOID."""
     metric = PanopticQuality([], class_agnostic=True)
     metric.update(truth, segments_of(truth), prediction, segments_of(prediction))
     return metric.compute()["All"]
-
 
 class DepthQuality:
     """Means over images of AbsRel, RMSE and delta < 1.25, in the unit of the truth."""
@@ -1098,7 +1051,6 @@ class DepthQuality:
         abs_rel, rmse, delta1 = (self.state[:3] / max(self.state[3], 1)).tolist()
         return {"abs_rel": abs_rel, "rmse": rmse, "delta1": delta1, "n": int(self.state[3])}
 
-
 # ---- 11. Generated scenes --------------------------------------------------------------
 
 sin, maximum, minimum = np.sin, np.maximum, np.minimum
@@ -1114,7 +1066,6 @@ THINGS = {  # outlines, below 1 inside; x, y: local coordinates, r: distance fro
     "ring": lambda x, y, r: maximum(r, 1 + 1.2 * (0.36 - r)),
     "cross": lambda x, y, r: maximum(r / 1.2, minimum(abs(x), abs(y)) / 0.4),
     "blob": lambda x, y, r: r / (0.8 + 0.2 * sin(3 * np.arctan2(y, x)))}  # has no label
-
 
 class ShapeScenes(Dataset):
     """Generated scenes, no files: shapes at various distances over wavy, textured regions. Items:
@@ -1209,24 +1160,19 @@ class ShapeScenes(Dataset):
             colour = np.float32(colour) * ((1 + paint) * shade)[..., None]
             yield name, outline, colour.clip(0, 1), distance
 
-
 # ---- 12. Files: images, depth, COCO panoptic and instances -----------------------------
-
 
 def rgb2id(rgb):
     """COCO panoptic colours uint8 (..., 3) -> int32 ids (...): R + 256 G + 65536 B."""
     return (rgb.astype(np.float32) @ np.float32([1, 256, 65536])).astype(np.int32)  # exact, fast
 
-
 def id2rgb(ids):
     """Inverse of rgb2id: int ids (...) in [0, 2^24 - 1] -> uint8 (..., 3)."""
     return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
 
-
 def write_png(path, array):
     with replacing(path) as temporary:
         Image.fromarray(array).save(temporary, "PNG")
-
 
 @contextmanager
 def reading(place, what):
@@ -1242,7 +1188,6 @@ def reading(place, what):
         message = known.get(type(error), f"not a readable {what} ({reason})")
         raise UserError(f"{place}: {message}") from None
 
-
 def read_image(path):
     """Image file -> uint8 (H, W, 3)."""
     with reading(path, "image"):
@@ -1252,7 +1197,6 @@ def read_image(path):
         require(data[24] != 16, "16 bits per channel, expected 8")
         data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()  # faster than Pillow
-
 
 def read_depth(path, shape):
     """.npy of floats, .png of 16 bits -> float32 (H, W) = shape, NaN what is not above 0."""
@@ -1264,7 +1208,6 @@ def read_depth(path, shape):
                 f"{depth.dtype} {depth.shape}, expected 16-bit integers or floats {shape}")
         depth = depth.astype(np.float32)
         return np.where((depth > 0) & np.isfinite(depth), depth, np.float32(np.nan))
-
 
 def draw_instances(segments, size):
     """COCO polygons or RLE of segments -> ids int32 (H, W) = size, the smaller on top."""
@@ -1289,7 +1232,6 @@ def draw_instances(segments, size):
         ids[masks[id]] = id
     return ids
 
-
 def index_entries(kind, entries, **fields):
     """Entries of a JSON by their first field, {value: entry}. fields: the type of each, or
     the integers that fit. UserError where one does not, or a first value is there twice."""
@@ -1303,7 +1245,6 @@ def index_entries(kind, entries, **fields):
         require(entry[key] not in index, f"{kind}: {key} {entry[key]!r} twice, expected once")
         index[entry[key]] = entry
     return index
-
 
 def read_coco(path, categories=None, any_category=False):
     """A COCO JSON, checked -> its categories, images, annotations, each {id: entry}.
@@ -1328,7 +1269,6 @@ def read_coco(path, categories=None, any_category=False):
             index_entries(f"image {id}: segment", annotation["segments_info"],
                           id=range(1, 2**24), category_id=known)
     return categories, images, annotations
-
 
 class PanopticDataset(Dataset):
     """Images with COCO annotations, panoptic or instances; items as in ShapeScenes, hidden
@@ -1382,7 +1322,6 @@ class PanopticDataset(Dataset):
             record["depth"] = read_depth(Path(f"{self.image_dir}_depth", name), size)
         return record
 
-
 def open_dataset(data, split, images, size, kind, depth=False):
     """The data set of --data, --split and --images: "shapes" at `size` pixels, a folder in
     COCO's layout, or a COCO JSON with `images`, "{split}" in both being the split. split None:
@@ -1403,9 +1342,7 @@ def open_dataset(data, split, images, size, kind, depth=False):
             f"{list(file_of)}, from annotations/panoptic_*.json or instances_*.json")
     return PanopticDataset(file_of[found[0]], images or path / found[0], depth)
 
-
 # ---- 13. What the model sees of a record, and the order of training --------------------
-
 
 def relative_depth(depth):
     """depth float (H, W), NaN = invalid -> [-1, 1], its 2nd and 98th percentiles the ends."""
@@ -1416,7 +1353,6 @@ def relative_depth(depth):
     if low == high:
         low, high = valid.min(), valid.max()
     return ((depth - low) * (2 / (high - low)) - 1).clip(-1, 1).astype(np.float32)
-
 
 def prepare(record, config, rng, augment, task="instance"):
     """An item -> what the model sees: "image" (3, s, s) in [-1, 1], "ids" (s, s), if needed
@@ -1450,14 +1386,12 @@ def prepare(record, config, rng, augment, task="instance"):
     sample["ids"] = torch.from_numpy(ids.astype(np.int64))
     return {name: part.flip(-1) if flip else part for name, part in sample.items()}
 
-
 def keep_blocks(ids, rng, block, drop_rate):
     """Of a map (s, s): bool (s, s), True = known. Squares of `block` pixels, each dropped
     with probability drop_rate (Fig. 9)."""
     cells = math.ceil(len(ids) / block)
     kept = rng.random((cells, cells)) >= drop_rate
     return kept.repeat(block, 0).repeat(block, 1)[: len(ids), : len(ids)]
-
 
 class TrainingStream(Dataset):
     """Endless: position p -> a prepared sample, its "position", with config.tasks its "task",
@@ -1495,11 +1429,9 @@ class TrainingStream(Dataset):
             sample["known"] = torch.from_numpy(keep_blocks(sample["ids"], rng, block, rate))
         return sample
 
-
 def ignore_interrupts(_):
     """Ctrl-C reaches all processes of a terminal: a loader ends with its training instead."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
 
 def training_loader(stream, batch_size, accumulate, start, stop, workers):
     """This rank's micro-batches of the optimizer steps start..stop-1, `accumulate` each."""
@@ -1518,12 +1450,10 @@ def training_loader(stream, batch_size, accumulate, start, stop, workers):
 
 # ---- 14. Command lines -----------------------------------------------------------------
 
-
 def whole_number(text, least=1):
     if int(text) < least:
         raise argparse.ArgumentTypeError(f"{text}, expected at least {least}")
     return int(text)
-
 
 from_zero = partial(whole_number, least=0)
 FLAGS = {  # the same word means the same in every script: group -> flag -> how it is read
@@ -1561,7 +1491,6 @@ STAGE_FIELDS = {  # what --set may change: {stage: {name: field of Config}}
     for stage in ("ae", "ldm")}
 DIVERGED = "stopped, the last checkpoint is kept; try a lower ae_lr or ldm_lr"
 
-
 class CommandLine(argparse.ArgumentParser):
     """A script's command line: `flags`, or groups, of FLAGS, with `changes` {flag: options}."""
 
@@ -1583,7 +1512,6 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; -h lists the flags")
 
-
 def training_command(description, stage):
     """The CommandLine of a training script; -h lists the fields of its stage as typed."""
     lines = ["fields of --set, with the values of --preset tiny:"]
@@ -1599,7 +1527,6 @@ def training_command(description, stage):
                    type=f"{name}={{}}".format, action="append")
     return parser
 
-
 def override(config, assignments, stage):
     """Change fields of `config` by ["FIELD=VALUE", ...]; tuples are comma-separated."""
     known, changes = STAGE_FIELDS[stage], {}
@@ -1612,7 +1539,6 @@ def override(config, assignments, stage):
             changes[name] = tuple(map(int, text.split(","))) if kind is tuple else kind(text)
     return replace(config, **changes)
 
-
 def open_training_data(args, config):
     """The training sets of --data, and the evaluated split of the last."""
     require(not args.images or args.data[-1].endswith(".json"), "--images needs a JSON")
@@ -1623,7 +1549,6 @@ def open_training_data(args, config):
     require(alike or "semantic" not in config.tasks,
             f"--data {' '.join(args.data)}: different categories with --tasks semantic")
     return train, val
-
 
 def run_script(main):
     """Call main(): a user's mistake becomes one line and exit code 2, Ctrl-C 130."""
@@ -1642,7 +1567,6 @@ def run_script(main):
             dist.destroy_process_group()
 
 # ---- 15. Devices and ranks, optimizer --------------------------------------------------
-
 
 def setup_distributed(device=None, amp=None):
     """Join torchrun's process group -> device, function that makes an autocast context."""
@@ -1664,17 +1588,14 @@ def setup_distributed(device=None, amp=None):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     return device, partial(torch.autocast, device.type, dtype, enabled=amp != "off")
 
-
 def distribute(model):
     """What a training loop calls: under torchrun DDP's, else the model itself."""
     options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
     return DistributedDataParallel(model, **options) if dist.is_initialized() else model
 
-
 def progress(iterable, description, **options):
     hidden = not (is_main() and sys.stderr.isatty())
     return tqdm(iterable, description, leave=False, disable=hidden, **options)
-
 
 def training_steps(start, stop, description):
     """Yields (step, caught): the first Ctrl-C or SIGTERM only joins the list `caught`, so
@@ -1696,10 +1617,8 @@ def training_steps(start, stop, description):
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
 def any_rank(value, device):
     return bool(sum_over_ranks(torch.tensor(float(bool(value)), device=device)))
-
 
 def make_optimizer(model, lr, config):
     """AdamW; the weight decay is Eq. 2's last term, none on norms and biases."""
@@ -1712,7 +1631,6 @@ def make_optimizer(model, lr, config):
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
 
-
 def learning_rate(step, steps, peak, config):
     """Linear warm-up to `peak`, then constant or a cosine down to 1e-6."""
     if step < config.warmup:
@@ -1720,7 +1638,6 @@ def learning_rate(step, steps, peak, config):
     done = (step - config.warmup) / max(1, steps - config.warmup)
     cosine = 1e-6 + 0.5 * (peak - 1e-6) * (1 + math.cos(math.pi * done))
     return peak if config.lr_schedule == "constant" else cosine
-
 
 def make_ema(model, decay):
     """Exponential moving average of the weights (Table S3). NOTE: paper: decay 0.999; here
@@ -1734,7 +1651,6 @@ def make_ema(model, decay):
         if not (weight.requires_grad and decay):
             average.data = weight.data  # one copy is enough of what is not averaged
     return ema
-
 
 def means(batches):
     """Of [{"loss": scalar, ...}, ...] over batches and ranks. UserError where not finite."""
@@ -1755,7 +1671,6 @@ OFFICIAL_PARTS = {"vae": "", "vae_semseg": "autoencoder.", "unet": "unet.",
 OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1",  # and the names of an old diffusers
                 "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-
 @contextmanager
 def replacing(path):
     """Write to a temporary name, then rename: a file is whole or absent."""
@@ -1767,11 +1682,9 @@ def replacing(path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def write_json(path, value):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))
-
 
 def log_line(out, **values):
     """Append one JSON object to log.jsonl and print it, on rank 0."""
@@ -1781,14 +1694,12 @@ def log_line(out, **values):
             file.write(json.dumps(values) + "\n")
         print("  ".join(f"{k} {v:.6g}" for k, v in values.items()), flush=True)
 
-
 def save_weights(path, model, config, facts="", dtype=torch.float32):
     """Write safetensors that `load_model` reads. facts: a line about the weights to tell."""
     tensors = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     about = {"model": type(model).__name__, "config": asdict(config), "facts": facts}
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata={"ldmseg": json.dumps(about)}))
-
 
 def save_run(out, step, config, settings, state):
     """Write a run folder, to use (the averages) and to resume. All ranks call it."""
@@ -1803,7 +1714,6 @@ def save_run(out, step, config, settings, state):
         content = {name: part.state_dict() for name, part in state.items()}
         with replacing(f"{out}/checkpoint.pt") as temporary:  # last: it vouches for all
             torch.save(content | {"step": step, "settings": settings}, temporary)
-
 
 def resume_run(args, config, state, steps):
     """Load checkpoint.pt into `state`, {name: module, ...}; --fresh deletes it. Returns its
@@ -1833,7 +1743,6 @@ def resume_run(args, config, state, steps):
               f"{args.out}: resuming from step {step}")
     return step, settings
 
-
 def convert_official(content, unet_config=None):
     """Config and tensors, in our names, of the authors' {part: {key: tensor}}: "vae", or
     "vae_semseg", "unet", "vae_image". unet_config: of the UNet, in diffusers' names."""
@@ -1861,7 +1770,6 @@ def convert_official(content, unet_config=None):
                          unet_heads=unet_config["attention_head_dim"])
     return config, tensors
 
-
 def load_official(path, unet_config=None):
     """The authors' ae.pt -> MaskAutoencoder, ldmseg.pt -> LDMSeg, with "ema" as its UNet."""
     with reading(path, "file of the authors (a run is given by its folder)"):
@@ -1874,7 +1782,6 @@ def load_official(path, unet_config=None):
         model = (LDMSeg if "unet" in content else MaskAutoencoder)(config)
         model.load_state_dict(tensors)
         return model
-
 
 def load_model(path="photos", device="cpu", kind=nn.Module):
     """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one of
@@ -1899,7 +1806,6 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
     model.facts = facts
     return model.to(device, memory_format=torch.channels_last).eval()
 
-
 def start_script(args, kind=nn.Module, scenes=True):
     """The model of --weights, by default the shipped one of generated scenes or photographs,
     its device, and what makes an autocast context. Says which weights."""
@@ -1914,7 +1820,6 @@ def start_script(args, kind=nn.Module, scenes=True):
 
 # ---- 17. Evaluation: data set -> predict -> segments -> metric -------------------------
 
-
 def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None):
     """This rank's share of the first `limit` images in batches: records, and {"image",
     "ids", ..., "noise"} of them; noise and ids depend on seed and image id only."""
@@ -1928,7 +1833,6 @@ def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None):
         samples = [prepare(r, config, g, False) for r, g in zip(records, generators)]
         batch = {k: torch.stack([s[k] for s in samples]).to(device) for k in samples[0]}
         yield records, batch | {"noise": noise}
-
 
 @torch.no_grad()
 def evaluate(predict, tasks, dataset, config, device, pictures=0, **options):
@@ -1956,7 +1860,6 @@ def evaluate(predict, tasks, dataset, config, device, pictures=0, **options):
 
 # ---- 18. Pictures and results ----------------------------------------------------------
 
-
 def align_ids(ids, truth):
     """Renumber int ids (H, W): a segment that matches one of `truth` (IoU > 0.5) has its
     id, others have ids above all of truth's."""
@@ -1968,7 +1871,6 @@ def align_ids(ids, truth):
             if (theirs & ours).sum() > 0.5 * (theirs | ours).sum():
                 renamed[ours] = id
     return renamed
-
 
 def colorize(drawn, truth=None, image=None):
     """Map (H, W) -> uint8 (H, W, 3). Ids: a colour each, of the segment of `truth` it matches,
@@ -1987,7 +1889,6 @@ def colorize(drawn, truth=None, image=None):
         return rgb
     return np.where(void, image, 0.45 * image + 0.55 * rgb).astype(np.uint8)
 
-
 def save_grid(path, titles, rows, width=192):
     """A PNG of rows of uint8 pictures (H, W, 3), in the aspect of the row's first one."""
     strips = [np.full((18, len(titles) * (width + 4), 3), 255, np.uint8)]
@@ -2000,7 +1901,6 @@ def save_grid(path, titles, rows, width=192):
         ImageDraw.Draw(canvas).text((x * (width + 4) + 4, 3), title, fill="black")
     write_png(path, np.asarray(canvas))
 
-
 def write_panoptic(out, name, record, ids, segments):
     """Write panoptic/NAME.png and overlay/NAME.png -> its two entries of panoptic.json."""
     name = str(Path(name).with_suffix(".png"))
@@ -2009,7 +1909,6 @@ def write_panoptic(out, name, record, ids, segments):
     image = {"id": record["image_id"], "file_name": record["file_name"],
              "height": ids.shape[0], "width": ids.shape[1]}
     return image, {"image_id": image["id"], "file_name": name, "segments_info": segments}
-
 
 def write_panoptic_json(out, entries, categories=""):
     """panoptic.json of `write_panoptic`'s entries, in the COCO format; categories: JSON."""

@@ -49,7 +49,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -75,7 +74,8 @@ def require(condition, message):
 VOID = 0
 TASKS = ("instance", "semantic", "depth")
 SAMPLERS = {"ddim": 0.0, "ddpm": 1.0}  # eta of `NoiseSchedule.step`
-COUNT, AMOUNT, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges of numbers, ends included
+# ranges of numbers, ends included
+COUNT, WIDTH, SHARE, AMOUNT, ABOVE_0 = (1, 1e9), (1, 8192), (0, 1), (0, 1e9), (1e-9, 1e9)
 
 def knob(default, help, allowed=None, stage="both"):
     """A field of Config. allowed: its choices, or its (lowest, highest); stage: the training
@@ -87,48 +87,47 @@ class Config:
     """Everything that defines a model and its training, by default the preset `tiny`."""
 
     preset: str = knob("tiny", "where the other fields start", stage=None)
-    size: int = knob(64, "images and masks become squares of this many pixels", COUNT)
+    size: int = knob(64, "images and masks become squares of this many pixels", WIDTH)
     min_segment: int = knob(10, "smaller segments (pixels) are VOID in training", AMOUNT)
     # stage 1
     target: str = knob("ids", "what it compresses", ("ids", "depth"), None)
     bits: int = knob(4, "N = 2 ** bits ids, VOID included", (1, 10), "ae")
     codes: str = knob("bit", "of ids (Table S1)", ("bit", "colour", "positional"), "ae")
-    ae_widths: tuple = knob((16, 32, 64, 128), "channels at 1/1 to 1/8", COUNT, "ae")
-    latent_channels: int = knob(8, "of the mask latents; paper: 4", COUNT, "ae")
+    ae_widths: tuple = knob((16, 32, 64, 128), "channels at 1/1 to 1/8", WIDTH, "ae")
+    latent_channels: int = knob(8, "of the mask latents; paper: 4", WIDTH, "ae")
     latents: str = knob("deterministic", "kind (Fig. 8)", ("deterministic", "gaussian"), "ae")
     kl_weight: float = knob(0.0, "of the KL term of gaussian latents", AMOUNT, "ae")
     points: int = knob(410, "per image (cross-entropy) or segment (mask)", COUNT, "ae")
     ae_steps: int = knob(4500, "optimizer steps", COUNT, "ae")
     ae_batch: int = knob(16, "images per step", COUNT, "ae")
     ae_lr: float = knob(2e-3, "learning rate", AMOUNT, "ae")
-    ae_clip: float = knob(3.0, "highest gradient norm", AMOUNT, "ae")
+    ae_clip: float = knob(3.0, "highest gradient norm", ABOVE_0, "ae")
     # stage 2
     ids: str = knob("matched", "of segments: what the noise favours", ("matched", "random"), "ldm")
     timestep_power: float = knob(1.0, "1: uniform; above 1: more near T", (1, 8), "ldm")
     mask_scale: float = knob(0.0, "factor s of mask latents; 0: gives mask_std", AMOUNT, "ldm")
-    mask_std: float = knob(0.7, "standard deviation of mask latents", AMOUNT, "ldm")
+    mask_std: float = knob(0.7, "standard deviation of mask latents", ABOVE_0, "ldm")
     depth_scale: float = knob(0.0, "of depth latents; 0: measured", AMOUNT, "ldm")
     image_scale: float = knob(0.0, "of image latents; 0: the encoder's", AMOUNT, "ldm")
     prediction: str = knob("v", "what the UNet predicts; paper: eps", ("eps", "v"), "ldm")
     loss_weights: str = knob("paper", "over time", ("paper", "released", "none"), "ldm")
-    decoded_weight: float = knob(0.0, "of the decoded cross-entropy", AMOUNT, "ldm")
     self_condition: float = knob(0.5, "share of self-conditioned steps", SHARE, "ldm")
     given_share: float = knob(0.0, "share of samples with given blocks", SHARE, "ldm")
     tasks: tuple = knob((), "several, told apart by an embedding (Supp. A)", TASKS, None)
-    task_width: int = knob(64, "of the embeddings of tasks", COUNT, "ldm")
+    task_width: int = knob(64, "of the embeddings of tasks", WIDTH, "ldm")
     categories: str = knob("", "JSON of the classes of semantic weights", stage=None)
     image_encoder: str = knob("patch", "one of IMAGE_ENCODERS", stage=None)
     encoder_json: str = knob("", "architecture of a pretrained image encoder", stage=None)
     dinov2: str = knob("facebook/dinov2-base", "folder or hub id of DINOv2", stage="ldm")
-    stem_widths: tuple = knob((32, 64, 112), "of patch, to 1/8; lite0: the last", COUNT, "ldm")
-    unet_widths: tuple = knob((96, 128), "channels of the UNet's levels", COUNT, "ldm")
+    stem_widths: tuple = knob((32, 64, 112), "of patch, to 1/8; lite0: the last", WIDTH, "ldm")
+    unet_widths: tuple = knob((96, 128), "channels of the UNet's levels", WIDTH, "ldm")
     unet_attention: tuple = knob((1, 1), "1: self-attention at this level", SHARE, "ldm")
-    unet_layers: int = knob(1, "residual blocks per level", COUNT, "ldm")
-    unet_heads: int = knob(4, "heads of the self-attention", COUNT, "ldm")
+    unet_layers: int = knob(1, "residual blocks per level", (1, 64), "ldm")
+    unet_heads: int = knob(4, "heads of the self-attention", (1, 64), "ldm")
     ldm_steps: int = knob(3000, "optimizer steps", COUNT, "ldm")
     ldm_batch: int = knob(16, "images per step", COUNT, "ldm")
     ldm_lr: float = knob(5e-4, "learning rate", AMOUNT, "ldm")
-    ldm_clip: float = knob(1.0, "highest gradient norm", AMOUNT, "ldm")
+    ldm_clip: float = knob(1.0, "highest gradient norm", ABOVE_0, "ldm")
     freeze_time: int = knob(0, "1: keep the pretrained time embedding", SHARE, "ldm")
     checkpointing: int = knob(0, "1: recompute activations, less memory", SHARE, "ldm")
     compile: int = knob(0, "1: torch.compile the UNet", SHARE, "ldm")
@@ -149,14 +148,14 @@ class Config:
         levels, classes = len(self.unet_widths), len(json.loads(self.categories or "[]"))
         cell = 4 * 2**levels  # pixels of a position at the UNet's lowest resolution
         check("size", self.size % cell == 0, f"a multiple of {cell}")
-        check("ae_widths", len(self.ae_widths) == 4, "4 numbers")
-        check("ae_widths", self.ae_widths[-1] % 32 == 0, "a multiple of 32 at the end")
-        check("stem_widths", len(self.stem_widths) == 3, "3 numbers")
+        check("ae_widths", len(self.ae_widths) == 4 and self.ae_widths[-1] % 32 == 0,
+              "4 numbers, the last a multiple of 32")
+        check("stem_widths", [w % 8 for w in self.stem_widths] == [0] * 3, "3 multiples of 8")
+        check("unet_widths", not any(w % 32 or w % self.unet_heads for w in self.unet_widths),
+              f"multiples of 32 and of unet_heads, {self.unet_heads}")
         check("unet_attention", len(self.unet_attention) == levels, f"{levels} numbers")
         check("tasks", len(set(self.tasks)) == len(self.tasks), "different ones")
         check("kl_weight", not self.kl_weight or self.latents == "gaussian", "latents=gaussian")
-        check("decoded_weight", not self.decoded_weight or "depth" not in self.tasks,
-              "0 with task depth")
         check("bits", "semantic" not in self.tasks or classes < self.num_ids,
               f"{classes.bit_length()}, of stage 1, for {classes} classes and VOID")
         for f in fields(self):
@@ -166,23 +165,24 @@ class Config:
                 check(f.name, set(values) <= set(allowed), f"one of {allowed}")
             elif allowed:
                 fits = all(allowed[0] <= v <= allowed[1] for v in values)
-                check(f.name, fits, f"{allowed[0]} to {allowed[1]}")
+                check(f.name, fits, "{:g} to {:g}".format(*allowed))
 
     num_ids = property(lambda self: 2**self.bits)
     needs_depth = property(lambda self: "depth" in (self.target, *self.tasks))
 
     @property
-    def known_tasks(self):
-        """Tasks of the weights, the default first: "panoptic", instance and semantic merged,
-        where both are there; then config.tasks in their order."""
-        tasks = self.tasks or ("depth" if self.target == "depth" else "instance",)
-        return ("panoptic", *tasks) if {"instance", "semantic"} <= set(tasks) else tasks
+    def trained_tasks(self):  # without config.tasks, one
+        return self.tasks or ("depth" if self.target == "depth" else "instance",)
 
-    def task(self, wanted=None):  # wanted, if these weights know it; by default the first
-        known = ", ".join(self.known_tasks)
-        fits = wanted in (None, *self.known_tasks)
-        require(fits, f"--task {wanted}: these weights know {known}")
-        return wanted or self.known_tasks[0]
+    @property
+    def known_tasks(self):  # the default first; "panoptic" is merged of two
+        both = {"instance", "semantic"} <= set(self.tasks)
+        return ("panoptic", *self.tasks) if both else self.trained_tasks
+
+    def task(self, wanted=None):  # wanted, by default the first, if these weights know it
+        task, known = wanted or self.known_tasks[0], ", ".join(self.known_tasks)
+        require(task in self.known_tasks, f"--task {task}: these weights know {known}")
+        return task
 
 PRESETS = {
     "tiny": Config(),
@@ -233,7 +233,7 @@ def global_mean_count(count):
 
 def int2bits(ids, n):
     """Analog bits: ids (B, H, W) -> float (B, n, H, W), -1 or +1, lowest first; VOID 0."""
-    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    low, high = (ids.min(), ids.max()) if ids.numel() else (0, 0)
     fits = 0 <= low and high < 2**n
     require(fits, f"ids {low} to {high}, expected 0 to {2**n - 1} with {n} bits")
     shifts = torch.arange(n, device=ids.device).view(1, n, 1, 1)
@@ -422,29 +422,49 @@ def resize_nearest(array, size):
     x = (2 * np.arange(width) + 1) * array.shape[1] // (2 * width)
     return array[y][:, x]
 
-def probabilities(logits, size):
-    """Logits of an image (N, H/2, W/2), upsampled x2, then to size -> softmax (N, *size)."""
+def most_probable(logits, size, values_at_once=2**23):
+    """Logits of an image (N, H/2, W/2), upsampled x2, then to (height, width) = size -> the id of
+    highest probability at each pixel, int32, and that probability, float32. In bands of rows:
+    24 megapixels of N logits would take gigabytes."""
     logits = F.interpolate(logits[None].float(), scale_factor=2, mode="bilinear")
-    return F.interpolate(logits, size, mode="bilinear")[0].softmax(0)
+    (N, H), (height, width), device = logits.shape[1:3], size, logits.device
+    ids = torch.empty(size, dtype=torch.int32, device=device)
+    confidence = torch.empty(size, device=device)
+
+    # bilinear: a row of the result lies between two rows of the logits
+    y = ((torch.arange(height, device=device) + 0.5) * (H / height) - 0.5).clamp(min=0)
+    above = y.long()
+    below, share = (above + 1).clamp(max=H - 1), (y - above)[:, None]
+    for band in torch.arange(height).split(max(1, values_at_once // (N * width))):
+        first, last = above[band[0]], below[band[-1]]
+        rows = logits[:, :, first : last + 1]
+        rows = F.interpolate(rows, (rows.shape[2], width), mode="bilinear")[0]
+        upper, lower = rows[:, above[band] - first], rows[:, below[band] - first]
+        values = upper * (1 - share[band]) + lower * share[band]  # (N, rows, width)
+        highest = values.softmax(0).max(0)
+        confidence[band], ids[band] = highest.values, highest.indices.int()
+    return ids, confidence
 
 def postprocess(logits, size, mask_threshold, min_area):
-    """Logits (N, H/2, W/2) -> ids int64 (height, width); unsure pixels, small segments VOID.
+    """Logits (N, H/2, W/2) -> ids int32 (height, width); unsure pixels, small segments VOID.
     NOTE: released code also filters by overlap; here not, because the paper does not."""
-    confidence, ids = probabilities(logits, size).max(0)
+    ids, confidence = most_probable(logits, size)
     ids[confidence < mask_threshold] = VOID
-    small = torch.bincount(ids.flatten(), minlength=len(logits)) < min_area
-    return ids.masked_fill(small[ids], VOID)
+    areas = torch.bincount(ids.flatten())
+    for id in ((areas > 0) & (areas < min_area)).nonzero():
+        ids[ids == id] = VOID
+    return ids
 
 def merge_panoptic(instance_logits, semantic_logits, size, isthing, *thresholds):
     """Supp. A: an instance takes the class that most of its pixels have in the semantic map,
     and is VOID where none has one; stuff of a class is one segment. isthing: of the classes
-    1..K. Returns ids int64 (height, width) = size, and {id: class}."""
+    1..K. Returns ids int32 (height, width) = size, and {id: class}."""
     ids, N = postprocess(instance_logits, size, *thresholds), len(instance_logits)
-    classes = probabilities(semantic_logits, size).argmax(0)
+    classes, _ = most_probable(semantic_logits, size)
     votes = torch.bincount((ids * N + classes).flatten(), minlength=N * N).view(N, N)
     votes = votes[:, 1 : len(isthing) + 1].cpu()  # (N, K)
     class_of, first_of = {}, {}  # {id: class}, {stuff class: its id}
-    table = torch.zeros(N, dtype=torch.long)
+    table = torch.zeros(N, dtype=torch.int32)
     for id in range(1, N):
         if votes[id].any():
             winner = 1 + int(votes[id].argmax())  # the lowest in a tie
@@ -454,24 +474,27 @@ def merge_panoptic(instance_logits, semantic_logits, size, isthing, *thresholds)
 
 def segments_of(ids, category_of=()):
     """COCO's segments_info of a map (H, W). category_of: {id: category}, by default 1."""
-    values, places, areas = np.unique(ids, return_inverse=True, return_counts=True)
-    boxes = ndimage.find_objects(places.reshape(ids.shape) + 1)
-    return [{"id": id, "category_id": dict(category_of).get(id, 1), "area": area,
-             "iscrowd": 0, "bbox": [x.start, y.start, x.stop - x.start, y.stop - y.start]}
-            for id, area, (y, x) in zip(values.tolist(), areas.tolist(), boxes) if id != VOID]
+    segments = []
+    for id in np.setdiff1d(ids, [VOID]).tolist():
+        inside = ids == id
+        x, y = np.flatnonzero(inside.any(0)).tolist(), np.flatnonzero(inside.any(1)).tolist()
+        segments.append({"id": id, "category_id": dict(category_of).get(id, 1),
+                         "area": int(inside.sum()), "iscrowd": 0,
+                         "bbox": [x[0], y[0], x[-1] - x[0] + 1, y[-1] - y[0] + 1]})
+    return segments
 
 def draw(outputs, task, size, config):
-    """An image's {task: output} -> NumPy ids int64 (height, width), segments_info; of task
+    """An image's {task: output} -> NumPy ids int32 (height, width), segments_info; of task
     "depth" float (height, width) in [-1, 1], None."""
     if task == "depth":
         depth = F.interpolate(outputs[task][None].float(), size, mode="bilinear")[0, 0]
         return depth.cpu().numpy(), None
-    classes = json.loads(config.categories or "[]")
+    classes, class_of = json.loads(config.categories or "[]"), {}
     thresholds = config.mask_threshold, config.min_area
     if task == "instance":
-        ids, class_of = postprocess(outputs[task], size, *thresholds), {}
+        ids = postprocess(outputs[task], size, *thresholds)
     elif task == "semantic":
-        ids = probabilities(outputs[task], size).argmax(0)
+        ids, _ = most_probable(outputs[task], size)
         ids[ids > len(classes)] = VOID
         class_of = {place: place for place in range(1, len(classes) + 1)}
     else:
@@ -570,8 +593,8 @@ def run_frozen(layers, image):
     """No gradient; bfloat16 if autocast asks for it, else float32: float16 overflows."""
     kind = image.device.type
     is_bf16 = torch.get_autocast_dtype(kind) == torch.bfloat16
-    wanted = torch.is_autocast_enabled(kind) and is_bf16
-    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=wanted):
+    enabled = is_bf16 and torch.is_autocast_enabled(kind)
+    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=enabled):
         return layers(image)
 
 class StableDiffusionEncoder(nn.Module):
@@ -719,11 +742,8 @@ class LDMSeg(nn.Module):
         return x0, torch.where(is_depth, depth.isfinite(), valid)
 
     def encode_known(self, ids, known):
-        """ids, known bool (B, H, W) (None: nothing) -> z_known (B, 4, h, w), of ids that are
-        VOID where unknown; bool (B, 1, h, w): cells with any known pixel, with all known."""
-        if known is None:
-            nowhere = torch.zeros(1, dtype=torch.bool, device=ids.device)  # broadcasts
-            return nowhere.float(), nowhere, nowhere
+        """ids, known bool (B, H, W) -> z_known (B, 4, h, w), of ids that are VOID where unknown;
+        bool (B, 1, h, w): cells with any known pixel, with all known."""
         known = known & (ids != VOID)
         share = F.avg_pool2d(known.float()[:, None], 8)
         return self.encode_mask(ids * known), share > 0, share >= 1
@@ -733,16 +753,15 @@ class LDMSeg(nn.Module):
             return self.depth_autoencoder.decode(z / self.config.depth_scale)
         return self.autoencoder.decode(z / self.config.mask_scale)
 
-    def predict(self, z_t, z_image, x0_previous, t, task=None):
+    def predict(self, z_t, z_image, x0_previous, t, task=0):
         """The UNet's output, and the x0 and eps that it implies, (B, 4, h, w). t: int64 (B,) or
-        an int; task (Supp. A): a name, or int64 (B,), places in config.tasks. NOTE: paper:
-        predicts eps; here also v, because a small, random UNet learns it sooner."""
+        an int, as task, a place in config.trained_tasks (Supp. A). NOTE: paper: predicts eps;
+        here also v, because a small, random UNet learns it sooner."""
         t = torch.as_tensor(t, device=z_t.device).expand(len(z_t))
         context = None
         if self.config.tasks:
-            place = self.config.tasks.index(task) if isinstance(task, str) else task
-            place = torch.as_tensor(place, device=z_t.device).expand(len(z_t))
-            context = self.task_embedding(place)[:, None]  # (B, 1, width)
+            task = torch.as_tensor(task, device=z_t.device).expand(len(z_t))
+            context = self.task_embedding(task)[:, None]  # (B, 1, width)
         inputs = torch.cat([z_t, z_image, x0_previous], 1)
         output = self.unet(inputs, t, encoder_hidden_states=context).sample.float()
         if self.config.prediction == "eps":
@@ -759,8 +778,8 @@ class LDMSeg(nn.Module):
         VOID, because the learning rate then fits all sizes, and VOID has no truth."""
         # each segment takes the id that its noise favours; classes have one answer already
         matched, _ = self.match_to(ids, eps)
-        tasks = self.config.tasks or ("instance",)
-        is_class = torch.tensor([name == "semantic" for name in tasks], device=ids.device)
+        is_class = [name == "semantic" for name in self.config.trained_tasks]
+        is_class = torch.tensor(is_class, device=ids.device)
         ids = torch.where(is_class[task].view(-1, 1, 1), ids, matched)
 
         # z_t = f_t(y) * s; z_i = f_i(x) * s
@@ -771,15 +790,17 @@ class LDMSeg(nn.Module):
         z_t = self.schedule.add_noise(x0, eps, t)
 
         # self-conditioning on a first estimate of x0, or zero; given parts replace it
-        z_known, touched, _ = self.encode_known(ids, known)
-        x0_previous = torch.where(touched, z_known, torch.zeros_like(z_t))
+        z_known, touched = torch.zeros_like(z_t), torch.zeros_like(z_t, dtype=torch.bool)
+        if known is not None:
+            z_known, touched, _ = self.encode_known(ids, known)
+        x0_previous = torch.where(touched, z_known, 0)
         if self_condition:
             with torch.no_grad():
                 _, estimate, _ = self.predict(z_t, z_image, x0_previous, t, task)
             x0_previous = torch.where(touched, z_known, estimate)
 
         # noise_pred = h(z_c, j)
-        output, estimate, _ = self.predict(z_t, z_image, x0_previous, t, task)
+        output, _, _ = self.predict(z_t, z_image, x0_previous, t, task)
         signal, noise = self.schedule.signal_and_noise(t)
         target = eps if self.config.prediction == "eps" else signal * eps - noise * x0
 
@@ -788,14 +809,7 @@ class LDMSeg(nn.Module):
         error = (output - target).square().mean(1) * valid[:, 0]  # (B, h, w)
         weighted = error * self.loss_weights[t].view(-1, 1, 1)
         count = global_mean_count(valid.sum())
-        loss = weighted.sum() / count
-
-        # cross-entropy of the decoded estimate: every pixel has one right id
-        if self.config.decoded_weight:
-            logits = F.interpolate(self.decode(estimate).float(), ids.shape[1:], mode="bilinear")
-            ce = F.cross_entropy(logits, ids, ignore_index=VOID, reduction="sum")
-            loss = loss + self.config.decoded_weight * ce / global_mean_count((ids != VOID).sum())
-        return loss, error.detach().sum() / count
+        return weighted.sum() / count, error.detach().sum() / count
 
     forward = diffusion_loss  # what DDP calls
 
@@ -803,8 +817,8 @@ class LDMSeg(nn.Module):
     def sample(self, image, noise, steps, eta=0.0, task="instance", return_all=False):
         """Alg. 2, self-conditioned (Sec. 4.1): images (B, 3, H, W) -> logits (B, N, H/2, W/2),
         or depth (B, 1, H/2, W/2). noise: B pairs (seed, position), one per image; eta: as in
-        NoiseSchedule.step; task: one of config.tasks; return_all: a list, one per step."""
-        known = self.config.tasks or ("instance",)
+        NoiseSchedule.step; task: one of config.trained_tasks; return_all: a list, one per step."""
+        known = self.config.trained_tasks
         require(task in known, f"task {task}, expected one of {known}")
         generators = [random_generator(seed, "noise", position) for seed, position in noise]
 
@@ -815,7 +829,7 @@ class LDMSeg(nn.Module):
         x0 = torch.zeros_like(z_t)
         for t, t_next in pairwise([*self.timesteps(steps), -1]):
             # noise_pred = h(z_c, j), self-conditioned on the last estimate of x0
-            _, x0, eps = self.predict(z_t, z_image, x0, t, task)
+            _, x0, eps = self.predict(z_t, z_image, x0, t, known.index(task))
             predictions.append(x0)
 
             # z_t = scheduler.step(z_t, noise_pred, j, j_prev), Eq. 5
@@ -833,27 +847,25 @@ class LDMSeg(nn.Module):
         """Alg. 3: ids int64 (B, H, W), given where `known`, bool (B, H, W) -> logits
         (B, N, H/2, W/2); the rest as in `sample`. NOTE: paper: the mask is resized to cells;
         here cells with all pixels known are pasted, those with any only fed in self-
-        conditioning, because pasting them does harm. NOTE: paper: one pass over each
-        timestep; here `repeats`, of random ids on fresh noise (like RePaint), because unknown
-        cells then come to agree with known ones."""
+        conditioning, because pasting them does harm. NOTE: paper: one pass over each timestep;
+        here `repeats`, with noise again on what the last one found (RePaint)."""
         generators = [random_generator(seed, "noise", position) for seed, position in noise]
 
         # z_i = f_i(x) * s; z_t = Gaussian noise
         z_image = self.encode_image(image)
         z_t = first_noise = gaussian_latents(generators, self.config, self.device)
-        timesteps, x0 = self.timesteps(steps), torch.zeros_like(z_t)
+        timesteps, x0, given = self.timesteps(steps), torch.zeros_like(z_t), ids * known
+        task = self.config.trained_tasks.index("instance")
 
         # given segments take the ids that a first estimate without them has there
-        given = ids * known
         if self.matched:
-            _, estimate, _ = self.predict(z_t, z_image, x0, timesteps[0], "instance")
+            _, estimate, _ = self.predict(z_t, z_image, x0, timesteps[0], task)
             given, _ = self.match_to(given, estimate)
 
         # z_t_masked = f_t(y) * s; m at 1/8
         z_known, touched, complete = self.encode_known(given, known)
         for t, t_next in pairwise([*timesteps, -1]):
             for repeat in range(repeats):
-                # a further pass: noise on what the last one found
                 if repeat > 0:
                     again = first_noise if self.matched else gaussian_latents(
                         generators, self.config, self.device)
@@ -861,7 +873,7 @@ class LDMSeg(nn.Module):
 
                 # noise_pred = h(z_c, j); z_t without it (Eq. 3 solved) is x0
                 x0_previous = torch.where(touched, z_known, x0)
-                _, x0, eps = self.predict(z_t, z_image, x0_previous, t, "instance")
+                _, x0, eps = self.predict(z_t, z_image, x0_previous, t, task)
 
                 # z_t[:, m] = z_t_masked[:, m]: in x0, where all pixels are known
                 x0 = torch.where(complete, z_known, x0)
@@ -906,18 +918,16 @@ class LDMSeg(nn.Module):
         logits = self.inpaint(picture, small, small != VOID, [(seed, 0)],
                               steps or self.config.eval_steps, repeats)[0]
 
-        # what is given comes back unchanged
-        ids = resize_nearest(ids, size)
+        # what is given comes back unchanged, with the caller's ids; new segments take the
+        # lowest ones that are not used
         drawn, _ = draw({"instance": logits}, "instance", size, self.config)
-        drawn = np.where(ids != VOID, ids, drawn)
-
-        # back to the caller's ids; new segments take the lowest ones that are not used
+        ids = resize_nearest(ids, size)
         unused = np.setdiff1d(np.arange(1, len(given) + N), given)
-        callers_id = np.array([VOID, *given, *unused])
-        result = callers_id[drawn], segments_of(callers_id[drawn])
+        callers_ids = np.array([VOID, *given, *unused], np.int32)
+        result = callers_ids[np.where(ids != VOID, ids, drawn)]
         if return_confidence:
-            return *result, probabilities(logits, size).amax(0).cpu().numpy()
-        return result
+            return result, segments_of(result), most_probable(logits, size)[1].cpu().numpy()
+        return result, segments_of(result)
 
 # ========================================================================================
 # Part II. Data and metrics
@@ -1413,7 +1423,7 @@ class TrainingStream(Dataset):
         record = self.datasets[turn][self.order(turn, epoch)[place]]
 
         # the sample of a random task
-        tasks = self.config.tasks or ("instance",)
+        tasks = self.config.trained_tasks
         task = int(random_generator(self.seed, "task", position).integers(len(tasks)))
         rng = random_generator(self.seed, "sample", position)
         sample = prepare(record, self.config, rng, True, tasks[task]) | {"position": position}

@@ -13,6 +13,7 @@ noises (Fig. 10). With weights that know classes, segments have the category_id 
 from 1, the nearest, to 65535, and coloured overlay/*.png.
 """
 
+from collections import Counter
 from glob import glob
 from itertools import zip_longest
 from pathlib import Path
@@ -23,8 +24,8 @@ import torch.distributed as dist
 
 from ldmseg import (
     SAMPLERS, CommandLine, LDMSeg, ShapeScenes, UserError, colorize, draw, evaluation_batches,
-    image_tensor, is_main, open_dataset, rank_and_world, read_image, run_script, save_grid,
-    start_script, write_panoptic, write_panoptic_json, write_png,
+    is_main, open_dataset, rank_and_world, read_image, require, resize_nearest, run_script,
+    save_grid, start_script, write_panoptic, write_panoptic_json, write_png,
 )  # fmt: skip
 
 SHOWN = (1, 2, 4, 10, 20, 50)
@@ -55,9 +56,8 @@ def parse(argv):
     return args
 
 
-def image_paths(args):
-    """The files that the command line names. UserError where none is there, or where a result
-    would overwrite an image or another result."""
+def image_files(args):
+    """The files that the command line names, as a data set."""
     paths = []
     for name in args.paths:
         folder = Path(name).is_dir()
@@ -66,22 +66,25 @@ def image_paths(args):
         if not found and not Path(name).is_file():
             raise FileNotFoundError(f"{name}: no such image file, or no image in this folder")
         paths += found or [Path(name)]
-    stems, inputs = [path.stem for path in paths], {path.resolve() for path in paths}
-    written = [Path(args.out, folder) for folder in ("panoptic", "overlay", "depth")]
-    for stem in stems:
-        if stems.count(stem) > 1 or any((f / f"{stem}.png").resolve() in inputs for f in written):
-            raise UserError(f"--out {args.out}: {stem}.png would overwrite an image or another "
-                            "result; use another --out, or give each image its own name")
     return ImageFiles(paths)
 
 
 def choose_images(args, size):
-    """The data set to segment and how many of its images."""
+    """The data set to segment and how many of its images. UserError where two images would have
+    one result."""
     if args.paths:
-        return image_paths(args), args.limit
-    if args.data:
-        return open_dataset(args.data, args.split, args.images, size, "val"), args.limit
-    return ShapeScenes("val", size), args.limit or 8
+        dataset = image_files(args)
+        names = [path.name for path in dataset]
+    elif args.data and args.data != "shapes":
+        dataset = open_dataset(args.data, args.split, args.images, size, "val")
+        names = [image["file_name"] for image in dataset.images.values()]
+    else:
+        return ShapeScenes(args.split or "val", size), args.limit or (None if args.data else 8)
+    results = Counter(Path(name).with_suffix(".png") for name in names)
+    twice = [str(name) for name, count in results.items() if count > 1]
+    require(not twice, f"--out {args.out}: two images would both become {twice[:1]}; give each "
+            "its own name")
+    return dataset, args.limit
 
 
 def write_result(out, record, drawn, segments):
@@ -93,31 +96,45 @@ def write_result(out, record, drawn, segments):
     write_png(out / "overlay" / name, colorize(drawn))
 
 
-def draw_denoising(model, records, task, args, path):
+def small_copy(record, width=384):
+    """The record for pictures: of an image of many megapixels a smaller one."""
+    height, own_width = record["image"].shape[:2]
+    width = min(width, own_width)
+    size = max(1, round(width * height / own_width)), width
+    return record | {name: resize_nearest(record[name], size) for name in ("image", "ids")}
+
+
+def pictures_of(record, drawn, task, has_truth):
+    """A row of grid.png: image | truth | prediction | overlay."""
+    if task == "depth":
+        return [record["image"], colorize(drawn)]
+    truth = [record["ids"]] if has_truth else []
+    return [record["image"], *map(colorize, truth), colorize(drawn, *truth),
+            colorize(drawn, image=record["image"])]
+
+
+def picture_of(model, output, task, record):
+    drawn, _ = draw({task: output}, task, record["image"].shape[:2], model.config)
+    return colorize(drawn)
+
+
+def draw_denoising(model, records, images, task, args, path):
     """Fig. S5: the predicted mask along one run."""
-    images = torch.stack([image_tensor(r["image"], model.config.size) for r in records])
     noise = [(args.seed, r["image_id"]) for r in records]
-    outputs = model.sample(images.to(model.device), noise, args.steps, SAMPLERS[args.sampler], task,
-                           return_all=True)
+    outputs = model.sample(images, noise, args.steps, SAMPLERS[args.sampler], task, return_all=True)
     shown = [step for step in range(1, args.steps + 1) if step in SHOWN or step == args.steps]
     save_grid(path, ["image", *(f"step {step}" for step in shown)], [
         [r["image"], *(picture_of(model, outputs[s - 1][i], task, r) for s in shown)]
         for i, r in enumerate(records)])
 
 
-def draw_noises(model, records, task, args, path):
+def draw_noises(model, records, images, task, args, path):
     """Fig. 10: the same images from two noises, each shared by all images; the ids differ."""
-    images = torch.stack([image_tensor(r["image"], model.config.size) for r in records])
-    outputs = [model.sample(images.to(model.device), [(args.seed, f"noise {n}")] * len(records),
-                            args.steps, SAMPLERS[args.sampler], task) for n in (1, 2)]
+    outputs = [model.sample(images, [(args.seed, f"noise {n}")] * len(records), args.steps,
+                            SAMPLERS[args.sampler], task) for n in (1, 2)]
     save_grid(path, ["image", "noise 1", "noise 2"], [
         [r["image"], *(picture_of(model, output[i], task, r) for output in outputs)]
         for i, r in enumerate(records)])
-
-
-def picture_of(model, output, task, record):
-    drawn, _ = draw({task: output}, task, record["image"].shape[:2], model.config)
-    return colorize(drawn)
 
 
 def main(argv=None):
@@ -127,7 +144,7 @@ def main(argv=None):
     task = model.config.task(args.task)
     args.steps = args.steps or model.config.eval_steps
     dataset, limit = choose_images(args, model.config.size)
-    out, entries, rows, first = Path(args.out), [], [], []
+    out, entries, rows, first, images = Path(args.out), [], [], [], []
     with autocast():
         for records, batch in evaluation_batches(dataset, model.config, device, args.seed,
                                                  args.workers, limit):
@@ -137,11 +154,10 @@ def main(argv=None):
                 drawn, segments = draw(one, task, record["image"].shape[:2], model.config)
                 entries.append(write_result(out, record, drawn, segments))
                 if len(rows) < 8:
-                    truth = [] if args.paths or task == "depth" else [record["ids"]]
-                    rows.append([record["image"], *map(colorize, truth), colorize(drawn, *truth)])
-                    if task != "depth":
-                        rows[-1].append(colorize(drawn, image=record["image"]))
-                    first.append(record)
+                    first.append(small_copy(record))
+                    images.append(batch["image"][i])
+                    rows.append(pictures_of(first[-1], resize_nearest(
+                        drawn, first[-1]["image"].shape[:2]), task, not args.paths))
 
         gathered = [entries]
         if dist.is_initialized():
@@ -156,8 +172,9 @@ def main(argv=None):
         titles = ["truth"] * (task != "depth" and not args.paths) + ["prediction", "overlay"]
         save_grid(out / "grid.png", ["image", *titles][: len(rows[0])], rows)
         single = "instance" if task == "panoptic" else task
-        draw_denoising(model, first[:4], single, args, out / "denoising.png")
-        draw_noises(model, first[:4], single, args, out / "noises.png")
+        shown = model, first[:4], torch.stack(images[:4]), single, args
+        draw_denoising(*shown, out / "denoising.png")
+        draw_noises(*shown, out / "noises.png")
     print(f"results -> {out}/ (see grid.png, denoising.png, noises.png)")
 
 

@@ -244,25 +244,6 @@ def test_the_loss_of_a_perfect_prediction_is_0(stub_model, prediction):
     assert max(model.diffusion_loss(image, ids, eps, t, False)) < 1e-10
 
 
-@pytest.mark.parametrize("prediction", KINDS)
-def test_the_decoded_loss_is_the_cross_entropy_of_what_the_estimate_decodes_to(stub_model,
-                                                                               prediction):
-    model = stub_model(lambda inputs, t: inputs[:, :4].cos(), prediction=prediction)
-    image, ids, eps, t = loss_inputs()
-    ids[0, :20] = 0  # VOID, as many pixels as are left count
-    plain, _ = model.diffusion_loss(image, ids, eps, t, False)
-    model.config = replace(model.config, decoded_weight=0.5)
-    loss, _ = model.diffusion_loss(image, ids, eps, t, False)
-
-    alpha_bar = model.schedule.alpha_bar[t].view(2, 1, 1, 1)
-    z_t = alpha_bar.sqrt() * model.encode_mask(ids) + (1 - alpha_bar).sqrt() * eps
-    x0 = {"eps": (z_t - (1 - alpha_bar).sqrt() * z_t.cos()) / alpha_bar.sqrt(),
-          "v": alpha_bar.sqrt() * z_t - (1 - alpha_bar).sqrt() * z_t.cos()}[prediction]
-    logits = F.interpolate(model.autoencoder.decode(x0 / 0.5), scale_factor=2, mode="bilinear")
-    surprise = -logits.log_softmax(1).gather(1, ids[:, None])[:, 0]
-    torch.testing.assert_close(loss - plain, 0.5 * surprise[ids != 0].mean())
-
-
 def test_a_cell_counts_if_its_centre_pixel_is_not_void(stub_model):
     output = torch.zeros(1, 4, 4, 4, requires_grad=True)
     model = stub_model(lambda inputs, t: output)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import sample
 import torch
+import torch.nn.functional as F
 from conftest import GOLDEN, ON_CPU, flat
 from ldmseg import (
-    PanopticQuality, id2rgb, align_ids, panoptic_quality, postprocess, read_image, segments_of,
+    PanopticQuality, id2rgb, align_ids, most_probable, panoptic_quality, postprocess, read_image, segments_of,
     write_json, write_png,
 )  # fmt: skip
 
@@ -322,6 +323,17 @@ def test_void_wins_as_channel_0_and_where_confidence_is_low(probabilities, thres
 def test_ids_are_resized_to_the_image_then_small_segments_are_void(ids, size, min_area, row):
     logits = 20.0 * torch.eye(4)[:, None, ids].repeat(1, 4, 1)  # id ids[j] in column j
     assert postprocess(logits, size, 0, min_area).tolist() == [row] * size[0]
+
+
+@pytest.mark.parametrize("size", [(7, 9), (64, 64), (61, 130), (300, 41)])
+@pytest.mark.parametrize("values_at_once", [1, 4000, 10**9])  # one row, several, all in a band
+def test_bands_of_rows_make_the_map_of_the_whole(size, values_at_once):
+    logits = torch.randn(6, 16, 12, generator=torch.Generator().manual_seed(0))
+    whole = F.interpolate(logits[None], (32, 24), mode="bilinear")
+    whole = F.interpolate(whole, size, mode="bilinear")[0].softmax(0).max(0)
+    ids, confidence = most_probable(logits, size, values_at_once)
+    assert torch.equal(ids.long(), whole.indices)
+    torch.testing.assert_close(confidence, whole.values)
 
 
 def test_segments_info_counts_areas_and_boxes():

@@ -422,7 +422,7 @@ def resize_nearest(array, size):
     x = (2 * np.arange(width) + 1) * array.shape[1] // (2 * width)
     return array[y][:, x]
 
-def most_probable(logits, size, values_at_once=2**23):
+def most_probable(logits, size, values_at_once=2**22):
     """Logits of an image (N, H/2, W/2), upsampled x2, then to (height, width) = size -> the id of
     highest probability at each pixel, int32, and that probability, float32. In bands of rows:
     24 megapixels of N logits would take gigabytes."""
@@ -450,7 +450,8 @@ def postprocess(logits, size, mask_threshold, min_area):
     NOTE: released code also filters by overlap; here not, because the paper does not."""
     ids, confidence = most_probable(logits, size)
     ids[confidence < mask_threshold] = VOID
-    areas = torch.bincount(ids.flatten())
+    del confidence
+    areas = sum(torch.bincount(rows.flatten(), minlength=len(logits)) for rows in ids.split(256))
     for id in ((areas > 0) & (areas < min_area)).nonzero():
         ids[ids == id] = VOID
     return ids
@@ -1178,7 +1179,8 @@ def rgb2id(rgb):
 
 def id2rgb(ids):
     """Inverse of rgb2id: int ids (...) in [0, 2^24 - 1] -> uint8 (..., 3)."""
-    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
+    low_to_high = np.asarray(ids).astype("<u4")[..., None].view(np.uint8)  # bytes, (..., 4)
+    return low_to_high[..., :3]
 
 def write_png(path, array):
     with replacing(path) as temporary:
@@ -1882,6 +1884,9 @@ def align_ids(ids, truth):
                 renamed[ours] = id
     return renamed
 
+PALETTE = np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + 0.25 * (i % 3), 0.95 - 0.3 * (i % 2))
+                    for i in range(1, 256)])
+
 def colorize(drawn, truth=None, image=None):
     """Map (H, W) -> uint8 (H, W, 3). Ids: a colour each, of the segment of `truth` it matches,
     over `image`; VOID grey stripes or the image. Depth (float): bright to dark, NaN black."""
@@ -1890,14 +1895,14 @@ def colorize(drawn, truth=None, image=None):
         near = (high - drawn[..., None]) / max(high - low, 1e-9)
         return np.nan_to_num(near * (215, 190, 60) + (40, 30, 90)).astype(np.uint8)
     ids = drawn if truth is None else align_ids(drawn, truth)
-    void, stripes = ids[..., None] == VOID, np.indices((*ids.shape, 1)).sum(0)
-    grey = 0.2 + 0.15 * (stripes // max(2, len(ids) // 32) % 2)
-    palette = np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + 0.25 * (i % 3),
-                                            0.95 - 0.3 * (i % 2)) for i in range(1, 256)])
-    rgb = (255 * np.where(void, grey, palette[(ids - 1) % 255])).astype(np.uint8)
-    if image is None:
-        return rgb
-    return np.where(void, image, 0.45 * image + 0.55 * rgb).astype(np.uint8)
+    picture, stripe, columns = np.empty((*ids.shape, 3), np.uint8), max(2, len(ids) // 32), None
+    for y, row in enumerate(ids):  # row by row, or a photograph's would take gigabytes
+        grey = 0.2 + 0.15 * ((y + np.arange(len(row))) // stripe % 2)
+        rgb = np.where(row[:, None] == VOID, grey[:, None], PALETTE[(row - 1) % 255])
+        if image is not None:
+            over = np.where(row[:, None] == VOID, 1, 0.45)
+        picture[y] = 255 * rgb if image is None else over * image[y] + (1 - over) * 255 * rgb
+    return picture
 
 def save_grid(path, titles, rows, width=192):
     """A PNG of rows of uint8 pictures (H, W, 3), in the aspect of the row's first one."""

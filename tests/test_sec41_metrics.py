@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, ON_CPU, flat
 from ldmseg import (
-    PanopticQuality, id2rgb, align_ids, most_probable, panoptic_quality, postprocess, read_image, segments_of,
-    write_json, write_png,
+    PanopticQuality, id2rgb, align_ids, most_probable, panoptic_quality, postprocess, read_image,
+    segments_of, write_json, write_png,
 )  # fmt: skip
 
 CATEGORIES = [{"id": id, "name": f"class {id}", "isthing": thing}

@@ -926,7 +926,7 @@ class LDMSeg(nn.Module):
 # ---- 10. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ----------------------
 
 class PanopticQuality:
-    """Panoptic Quality, mIoU over images. categories: COCO's; class_agnostic: all are one."""
+    """Panoptic Quality, mIoU over images. categories: COCO's; class_agnostic: one for all."""
 
     def __init__(self, categories, class_agnostic=False):
         self.class_agnostic = class_agnostic
@@ -958,17 +958,17 @@ class PanopticQuality:
         # runs of pixels with the same pair of ids: there are far fewer runs than pixels
         change = np.zeros(size, bool).ravel()
         for ids, _ in sides:
-            flat, channels = ids.ravel(), ids.size // change.size
-            change[np.flatnonzero(flat[channels:] != flat[:-channels]) // channels + 1] = True
+            flat, n = ids.ravel(), ids.size // change.size  # channels
+            change[np.flatnonzero(flat[n:] != flat[:-n]) // n + 1] = True
         start = np.append(0, np.flatnonzero(change))
 
         # pixels of each pair of segments; row and column 0: of ids in no list, 1: VOID
-        place, rows, columns = 0, len(gt) + 2, len(pred) + 2
+        place, shape = 0, (len(gt) + 2, len(pred) + 2)
         for ids, segments in sides:
             ids = ids.ravel()[start] if ids.ndim == 2 else rgb2id(ids.reshape(-1, 3)[start])
-            place = place * columns + compact_ids(ids, [VOID, *(s["id"] for s in segments)])
+            place = place * shape[1] + compact_ids(ids, [VOID, *(s["id"] for s in segments)])
         pixels = np.diff(start, append=change.size)
-        overlap = np.bincount(place, pixels, rows * columns).reshape(rows, columns)
+        overlap = np.bincount(place, pixels, math.prod(shape)).reshape(shape)
         gt_area, area, void = overlap[2:].sum(1), overlap[:, 2:].sum(0), overlap[1, 2:]
         unlisted = overlap[:, 0].sum()
         unseen = [s["id"] for s, pixels in zip(pred_segments, area) if not pixels]
@@ -983,7 +983,7 @@ class PanopticQuality:
         match = (both > 0.5 * union) & ~crowd[:, None]
         iou, missed = (match * both / union.clip(min=1)).sum(1), ~match.any(1) & ~crowd
 
-        # a prediction without one is wrong, unless mostly over VOID and its class's last crowd
+        # a prediction without one is wrong, unless mostly VOID and its class's last crowd
         later_crowd = np.triu(gt[:, None] == gt, 1) & crowd
         ignored = void + both[crowd & ~later_crowd.any(1)].sum(0)
         wrong = ~match.any(0) & (ignored <= 0.5 * area)
@@ -996,8 +996,8 @@ class PanopticQuality:
         self.state[-1, 4] += overlap[0].sum()
 
     def compute(self):
-        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, ...}: means over the n classes
-        that occur; "miou" and "pixel_accuracy" of pixels that are not VOID in the truth."""
+        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, ...}: means over n classes that
+        occur; "miou" and "pixel_accuracy": of pixels that are not VOID in the truth."""
         iou, tp, fn, both, truth, _, fp, predicted = self.state[:-1].T
         weight = tp + 0.5 * fp + 0.5 * fn
         scores = {"pq": iou / weight.clip(min=0.5), "sq": iou / tp.clip(min=1),
@@ -1006,16 +1006,16 @@ class PanopticQuality:
         groups, result = {"All": seen, "Things": seen & thing, "Stuff": seen & ~thing}, {}
         for name, group in groups.items():
             n = int(group.sum())
-            means = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
-            result[name] = means | {"n": n}
+            result[name] = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
+            result[name]["n"] = n
         scores |= {"tp": tp.astype(int), "fp": fp.astype(int), "fn": fn.astype(int)}
         result["per_class"] = {str(c["id"]): {k: v[row].item() for k, v in scores.items()}
                                for row, c in enumerate(self.categories) if seen[row]}
         if not self.class_agnostic:
             union = truth + predicted - both
             miou = (both / union.clip(min=1)).sum() / max((union > 0).sum(), 1)
-            accuracy = both.sum() / max(truth.sum(), 1)
-            result |= {"miou": float(miou), "pixel_accuracy": float(accuracy)}
+            result["miou"] = float(miou)
+            result["pixel_accuracy"] = float(both.sum() / max(truth.sum(), 1))
         return result
 
 def panoptic_quality(truth, prediction):
@@ -1063,9 +1063,8 @@ THINGS = {  # outlines, below 1 inside; x, y: local coordinates, r: distance fro
     "blob": lambda x, y, r: r / (0.8 + 0.2 * sin(3 * np.arctan2(y, x)))}  # has no label
 
 class ShapeScenes(Dataset):
-    """Generated scenes, no files: shapes on wavy, textured regions. Items: image uint8 (H, W, 3),
-    ids int64 (H, W), 0 = VOID, segments [{"id", "category_id"}], image_id, file_name, depth
-    float32 (H, W) in [0, 1], 1 the farthest."""
+    """Generated scenes. Items: image uint8 (H, W, 3), ids int64 (H, W), 0 = VOID, segments
+    [{"id", "category_id"}], image_id, file_name, depth float32 (H, W) in [0, 1], 1 far."""
 
     LENGTH = {"train": 100_000, "val": 200}
     NAMES = [*STUFF, *THINGS]
@@ -1083,16 +1082,16 @@ class ShapeScenes(Dataset):
     def __getitem__(self, index):
         number = range(len(self))[index]  # or an IndexError
         rng = random_generator(list(self.LENGTH).index(self.split), "scene", number)
-        image, depth = np.zeros((*self.x.shape, 3), np.float32), np.zeros_like(self.x)
-        ids, segments = np.zeros(self.x.shape, np.int64), []
+        ids, depth, names = np.zeros(self.x.shape, np.int64), np.zeros_like(self.x), []
+        image = np.zeros((*self.x.shape, 3), np.float32)
 
         # paint from far to near, each layer with a contact shadow
         for name, outline, colour, distance in (*self.regions(rng), *self.things(rng)):
-            segments.append({"id": len(segments) + 1, "category_id": 1 + self.NAMES.index(name)})
+            names.append(name)
             image *= np.where(outline < 1.3, np.float32(0.72), 1)[..., None]
             np.copyto(image, colour, where=(outline < 1)[..., None])
             np.copyto(depth, distance, where=outline < 1)
-            ids[outline < 1] = len(segments)
+            ids[outline < 1] = len(names)
 
         # haze, contrast, noise
         haze = (0.55 * depth**1.5)[..., None]
@@ -1101,15 +1100,16 @@ class ShapeScenes(Dataset):
         image += rng.uniform(0.01, 0.05) * rng.standard_normal(image.shape, np.float32)
 
         # blobs, and the little that is left of hidden things, are VOID
-        large = np.bincount(ids.ravel(), minlength=len(segments) + 1) >= 0.02 * ids.size
-        segments = [s for s in segments if large[s["id"]] and s["category_id"] < len(self.NAMES)]
+        large = np.bincount(ids.ravel(), minlength=len(names) + 1) >= 0.02 * ids.size
+        segments = [{"id": id, "category_id": 1 + self.NAMES.index(name)}
+                    for id, name in enumerate(names, start=1) if large[id] and name != "blob"]
         ids[~np.isin(ids, [s["id"] for s in segments])] = VOID
         return {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids, "depth": depth,
                 "segments": segments, "image_id": number,
                 "file_name": f"{self.split}{number:06d}.png"}
 
     def regions(self, rng):
-        """One to three from far to near: names, outlines (H, W), colours (H, W, 3), distances."""
+        """One to three, far to near: name, outline (H, W), colour (H, W, 3), distance."""
         x, y, near = self.x, self.y, 0.75 + self.y  # waves are longer where it is near
         names = [self.NAMES[rng.integers(2)], *rng.permutation(self.NAMES[2:5])]
         tops = np.sort(rng.permutation(rng.uniform((0.2, 0.5), (0.5, 0.75)))[: rng.integers(3)])
@@ -1127,29 +1127,28 @@ class ShapeScenes(Dataset):
         """Two to six from far to near, lit from one side; yields the same."""
         light, palette, placed = rng.uniform(-0.7, 0.7), rng.uniform(0.1, 0.95, (2, 3)), []
         for distance in np.sort(rng.uniform(0.1, 0.75, rng.integers(2, 7)))[::-1].tolist():
-            # of eight places the one that hides least of other things: gaps below 0 overlap
+            # of eight places the one that hides least of other things, by gaps below 0
             radius = rng.uniform(0.2, 0.265) * (1.2 - 0.65 * distance)
             foot = 1.0 - 0.9 * distance + rng.uniform(-0.15, 0.15, 8) - 0.6 * radius
             u, v = rng.random(8), foot.clip(0.04, 0.96)
             gaps = [np.hypot(u - a, v - b) - 0.75 * (radius + other) for a, b, other in placed]
             best = np.min(gaps, axis=0, initial=0).argmax()
-            u, v = float(u[best]), float(v[best])
-            placed.append((u, v, radius))
+            placed.append((float(u[best]), float(v[best]), radius))
 
             # its outline, turned by a random angle
-            dx, dy = (self.x - u) / radius, (self.y - v) / radius
+            dx, dy = (self.x - placed[-1][0]) / radius, (self.y - placed[-1][1]) / radius
             turned = (dx + 1j * dy) * complex(np.exp(2j * np.pi * rng.random()))
             name = str(rng.choice(list(THINGS), p=[0.16] * 6 + [0.04]))
             outline = THINGS[name](turned.real, turned.imag, np.hypot(dx, dy))
 
-            # its colour, perhaps shared; plain, striped or checked; shaded, darker at its rim
+            # its colour, perhaps shared; plain, striped or checked; shaded, with a rim
             colour = palette[rng.integers(2)] if rng.random() < 0.4 else rng.uniform(0.1, 0.95, 3)
             bands = 0.3 * np.sign(sin(rng.uniform(4, 9) * turned.real))
             checks = bands * np.sign(sin(rng.uniform(4, 9) * turned.imag))
             paint = [0, 0, bands, checks][rng.integers(4)]
             shade = 0.95 + 0.4 * (light * dx - 0.8 * dy) - 0.3 * (outline > 0.82) - 0.25 * distance
-            colour = np.float32(colour) * ((1 + paint) * shade)[..., None]
-            yield name, outline, colour.clip(0, 1), distance
+            colour = (np.float32(colour) * ((1 + paint) * shade)[..., None]).clip(0, 1)
+            yield name, outline, colour, distance
 
 # ---- 12. Files: images, depth, COCO panoptic and instances -----------------------------
 
@@ -1167,7 +1166,7 @@ def write_png(path, array):
 
 @contextmanager
 def reading(place, what):
-    """Context that only reads `place`, a file or part of it: an error there is the user's."""
+    """Context that only reads `place`, a file or part of it: errors are the user's."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
@@ -1189,13 +1188,13 @@ def read_image(path):
         return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()  # faster than Pillow
 
 def read_depth(path, shape):
-    """.npy of floats, .png of 16 bits -> float32 (H, W) = shape, NaN what is not above 0."""
+    """.npy of floats, .png of 16 bits -> float32 (H, W) = shape, NaN what is not > 0."""
     path = path.with_suffix(".npy" if path.with_suffix(".npy").exists() else ".png")
     with reading(path, "depth map, .npy or .png"):
         depth = np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
         fits = depth.dtype.name in ("uint16", "float16", "float32", "float64")
-        require(fits and depth.shape == shape,
-                f"{depth.dtype} {depth.shape}, expected 16-bit integers or floats {shape}")
+        require(fits and depth.shape == shape, f"{depth.dtype} {depth.shape}, expected "
+                f"16-bit integers or floats {shape}")
         depth = depth.astype(np.float32)
         return np.where((depth > 0) & np.isfinite(depth), depth, np.float32(np.nan))
 
@@ -1226,13 +1225,11 @@ FIELDS = {  # of a JSON's entries: the type or values that fit; the first field 
     "annotation": {"image_id": int | str, "file_name": str, "segments_info": list},
     "segment": {"id": range(1, 2**24), "category_id": int, "iscrowd": (0, 1, None)}}
 
-def number(value):
-    """An id or flag of a JSON: "17" is 17; names, and what is no string, stay."""
+def number(value):  # of a JSON that may have "17" for 17; what is no number stays
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 def index_entries(kind, entries, fields):
-    """A JSON's entries -> {key: entry}. UserError where a field does not fit, or a key is
-    there twice."""
+    """{key: entry}. UserError where a field does not fit or a key is there twice."""
     key, index = next(iter(fields)), {}
     for entry in entries:
         for name, allowed in fields.items():
@@ -1276,9 +1273,8 @@ def read_coco(path, categories=None, any_category=False):
     return categories, images, annotations
 
 class PanopticDataset(Dataset):
-    """Images with COCO annotations, panoptic or instances; items as in ShapeScenes, hidden
-    instances left out. PNGs are in the folder json_path without ".json", images also in
-    sub-folders of image_dir, depth in image_dir + "_depth"."""
+    """COCO annotations and images; items as in ShapeScenes, hidden instances left out. PNGs
+    are in the folder json_path without ".json", depth in image_dir + "_depth"."""
 
     def __init__(self, json_path, image_dir, depth=False):
         self.json_path, self.image_dir, self.depth = Path(json_path), Path(image_dir), depth
@@ -1349,7 +1345,7 @@ def open_dataset(data, split, images, size, kind, depth=False):
 # ---- 13. What the model sees of a record, and the order of training --------------------
 
 def relative_depth(depth):
-    """depth float (H, W), NaN = invalid -> [-1, 1], its 2nd and 98th percentiles the ends."""
+    """float (H, W), NaN = invalid -> [-1, 1], its 2nd and 98th percentiles the ends."""
     valid = depth[np.isfinite(depth)]
     require(len(np.unique(valid)) > 1, f"depth has one value or none at {valid.size} "
             "valid pixels, expected several")
@@ -1360,9 +1356,8 @@ def relative_depth(depth):
 
 def prepare(record, config, rng, augment, task="instance"):
     """An item -> "image" (3, s, s) in [-1, 1], "ids" (s, s), if needed "depth" (s, s) in
-    [-1, 1], NaN = invalid. Ids are random, of the largest N - 1 segments; of task "semantic"
-    the places 1..K of their classes. augment: half of the items are flipped, and segments
-    below config.min_segment pixels VOID."""
+    [-1, 1], NaN = invalid. Ids: random ones of the N - 1 largest; of task "semantic" places
+    1..K of classes. augment: random flips, segments below config.min_segment VOID."""
     # a square; masks and depth by nearest neighbour
     size, flip = (config.size, config.size), augment and rng.random() < 0.5
     sample = {"image": image_tensor(record["image"], config.size)}
@@ -1383,14 +1378,14 @@ def prepare(record, config, rng, augment, task="instance"):
         areas = np.bincount(ids[ids != VOID])
         largest = np.argsort(-areas, kind="stable")[: config.num_ids - 1]
         least = max(config.min_segment, 1) if augment else 1
-        kept = largest[areas[largest] >= least]
-        ids = random_relabel(compact_ids(ids, kept), config.num_ids, rng)
+        ids = compact_ids(ids, largest[areas[largest] >= least])
+        ids = random_relabel(ids, config.num_ids, rng)
     sample["ids"] = torch.from_numpy(ids.astype(np.int64))
     return {name: part.flip(-1) if flip else part for name, part in sample.items()}
 
 def keep_blocks(ids, rng, block, drop_rate):
-    """Of a map (s, s): bool (s, s), True = known. Squares of `block` pixels, each dropped
-    with probability drop_rate (Fig. 9)."""
+    """bool (s, s) of a map (s, s), True = known: squares of `block` pixels, each dropped with
+    probability drop_rate (Fig. 9)."""
     cells = math.ceil(len(ids) / block)
     kept = rng.random((cells, cells)) >= drop_rate
     return kept.repeat(block, 0).repeat(block, 1)[: len(ids), : len(ids)]
@@ -1430,20 +1425,19 @@ class TrainingStream(Dataset):
             sample["known"] = torch.from_numpy(keep_blocks(sample["ids"], rng, block, rate))
         return sample
 
-def ignore_interrupts(_):
-    """Ctrl-C reaches all processes of a terminal: a loader ends with its training instead."""
+def ignore_interrupts(_):  # Ctrl-C reaches loaders too, which end with their training
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def training_loader(stream, batch_size, accumulate, start, stop, workers):
-    """This rank's micro-batches of the optimizer steps start..stop-1, `accumulate` each."""
+    """This rank's micro-batches of optimizer steps start..stop-1, `accumulate` each."""
     rank, world = rank_and_world()
     micro, rest = divmod(batch_size, accumulate * world)
     require(not rest, f"batch size {batch_size}, expected a multiple of --accumulate x "
             f"processes = {accumulate} x {world}")
     firsts = range(start * batch_size + rank * micro, stop * batch_size, world * micro)
-    return DataLoader(stream, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      batch_sampler=(range(first, first + micro) for first in firsts),
-                      worker_init_fn=ignore_interrupts)
+    batches = (range(first, first + micro) for first in firsts)
+    return DataLoader(stream, batch_sampler=batches, num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_interrupts)
 
 # ========================================================================================
 # Part III. Running

@@ -936,38 +936,8 @@ class LDMSeg(nn.Module):
 
 # ---- 10. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ----------------------
 
-def reduce_state(metric, device):
-    """Sum the counts of a metric, its `state`, over all ranks."""
-    metric.state = sum_over_ranks(torch.from_numpy(metric.state).to(device)).cpu().numpy()
-
-def joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments):
-    """Pixels of each pair of segments (2 + truth's, 2 + predicted); row and column 0: ids
-    in no list, 1: VOID. UserError where the prediction and its list disagree."""
-    size, shape = gt_ids.shape[:2], pred_ids.shape
-    require(shape[:2] == size, f"the prediction is {shape}, expected {size}")
-
-    # runs of pixels with the same pair of ids: there are far fewer runs than pixels
-    change = np.zeros(size, bool).ravel()
-    for ids in (gt_ids, pred_ids):
-        flat, channels = ids.ravel(), ids.size // change.size
-        change[np.flatnonzero(flat[channels:] != flat[:-channels]) // channels + 1] = True
-    start = np.append(0, np.flatnonzero(change))
-
-    # count them at the places of their ids in the lists
-    place, rows, columns = 0, len(gt_segments) + 2, len(pred_segments) + 2
-    for ids, segments in ((gt_ids, gt_segments), (pred_ids, pred_segments)):
-        ids = ids.ravel()[start] if ids.ndim == 2 else rgb2id(ids.reshape(-1, 3)[start])
-        place = place * columns + compact_ids(ids, [VOID, *(s["id"] for s in segments)])
-    pixels = np.diff(start, append=change.size)
-    counts = np.bincount(place, pixels, rows * columns).reshape(rows, columns)
-    unlisted, _, *areas = counts.sum(0)
-    unseen = [s["id"] for s, area in zip(pred_segments, areas) if not area]
-    require(not unlisted and not unseen, f"the prediction has {unlisted:.0f} pixels of ids "
-            f"not in its list, none of {unseen[:5]} in its list")
-    return counts
-
 class PanopticQuality:
-    """Panoptic Quality, mIoU over images. categories: COCO's; class_agnostic: all are one."""
+    """Panoptic Quality, mIoU over images. categories: COCO's; class_agnostic: one for all."""
 
     def __init__(self, categories, class_agnostic=False):
         self.class_agnostic = class_agnostic
@@ -978,21 +948,45 @@ class PanopticQuality:
         # in both, pixels, segments of another area in the JSON; predicted: FP, pixels
         self.state = np.zeros((len(rows) + 1, 8))
 
-    all_reduce = reduce_state
-    # of the truth: segments of another area in the JSON, pixels of ids in no list
+    # of the truth: segments of another area, pixels of ids in no list
     mismatches = property(lambda self: (self.state[:, 5].sum(), self.state[-1, 4]))
+
+    def all_reduce(self, device):
+        """Sum the counts over all ranks."""
+        self.state = sum_over_ranks(torch.from_numpy(self.state).to(device)).cpu().numpy()
 
     def update(self, gt_ids, gt_segments, pred_ids, pred_segments):
         """Count one image: int ids (H, W) or COCO colours uint8 (H, W, 3), 0 = VOID, and
-        lists of {"id", "category_id"}. NOTE: the reference takes the truth's areas from the
-        JSON; here pixels, because they can differ."""
+        their segments. UserError where the prediction's disagree. NOTE: the reference takes
+        areas of the truth from the JSON; here pixels, because they can differ."""
+        size, shape = gt_ids.shape[:2], pred_ids.shape
+        require(shape[:2] == size, f"the prediction is {shape}, expected {size}")
+        sides = (gt_ids, gt_segments), (pred_ids, pred_segments)
         gt, pred = (np.array([self.row[s["category_id"]] for s in segments], int)
-                    for segments in (gt_segments, pred_segments))
+                    for _, segments in sides)
         crowd = np.array([bool(s.get("iscrowd")) for s in gt_segments], bool)
 
-        # overlap of segments of one category; the union leaves out the truth's VOID
-        overlap = joint_histogram(gt_ids, gt_segments, pred_ids, pred_segments)
+        # runs of pixels with the same pair of ids: there are far fewer runs than pixels
+        change = np.zeros(size, bool).ravel()
+        for ids, _ in sides:
+            flat, n = ids.ravel(), ids.size // change.size  # channels
+            change[np.flatnonzero(flat[n:] != flat[:-n]) // n + 1] = True
+        start = np.append(0, np.flatnonzero(change))
+
+        # pixels of each pair of segments; row and column 0: of ids in no list, 1: VOID
+        place, shape = 0, (len(gt) + 2, len(pred) + 2)
+        for ids, segments in sides:
+            ids = ids.ravel()[start] if ids.ndim == 2 else rgb2id(ids.reshape(-1, 3)[start])
+            place = place * shape[1] + compact_ids(ids, [VOID, *(s["id"] for s in segments)])
+        pixels = np.diff(start, append=change.size)
+        overlap = np.bincount(place, pixels, math.prod(shape)).reshape(shape)
         gt_area, area, void = overlap[2:].sum(1), overlap[:, 2:].sum(0), overlap[1, 2:]
+        unlisted = overlap[:, 0].sum()
+        unseen = [s["id"] for s, pixels in zip(pred_segments, area) if not pixels]
+        require(not unlisted and not unseen, f"the prediction has {unlisted:.0f} pixels of ids "
+                f"not in its list, none of {unseen[:5]} in its list")
+
+        # overlap of segments of one category; the union leaves out the truth's VOID
         both = overlap[2:, 2:] * (gt[:, None] == pred)
         union = gt_area[:, None] + area - both - void
 
@@ -1000,7 +994,7 @@ class PanopticQuality:
         match = (both > 0.5 * union) & ~crowd[:, None]
         iou, missed = (match * both / union.clip(min=1)).sum(1), ~match.any(1) & ~crowd
 
-        # a prediction without one is wrong, unless mostly over VOID and its class's last crowd
+        # a prediction without one is wrong, unless mostly VOID and its class's last crowd
         later_crowd = np.triu(gt[:, None] == gt, 1) & crowd
         ignored = void + both[crowd & ~later_crowd.any(1)].sum(0)
         wrong = ~match.any(0) & (ignored <= 0.5 * area)
@@ -1013,14 +1007,15 @@ class PanopticQuality:
         self.state[-1, 4] += overlap[0].sum()
 
     def compute(self):
-        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, ...}: means over the n classes
-        that occur; "miou" and "pixel_accuracy" of pixels that are not VOID in the truth."""
+        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, ...}: means over n classes that
+        occur; "miou" and "pixel_accuracy": of pixels that are not VOID in the truth."""
         iou, tp, fn, both, truth, _, fp, predicted = self.state[:-1].T
-        segments = tp + 0.5 * fp + 0.5 * fn
-        seen, weight = segments > 0, np.maximum(segments, 0.5)
-        scores = {"pq": iou / weight, "sq": iou / np.maximum(tp, 1), "rq": tp / weight}
-        thing, result = np.array([bool(c["isthing"]) for c in self.categories], bool), {}
-        for name, group in (("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing)):
+        weight = tp + 0.5 * fp + 0.5 * fn
+        scores = {"pq": iou / weight.clip(min=0.5), "sq": iou / tp.clip(min=1),
+                  "rq": tp / weight.clip(min=0.5)}
+        seen, thing = weight > 0, np.array([c["isthing"] for c in self.categories], bool)
+        groups, result = {"All": seen, "Things": seen & thing, "Stuff": seen & ~thing}, {}
+        for name, group in groups.items():
             n = int(group.sum())
             result[name] = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
             result[name]["n"] = n
@@ -1030,8 +1025,8 @@ class PanopticQuality:
         if not self.class_agnostic:
             union = truth + predicted - both
             miou = (both / union.clip(min=1)).sum() / max((union > 0).sum(), 1)
-            accuracy = both.sum() / max(truth.sum(), 1)
-            result |= {"miou": float(miou), "pixel_accuracy": float(accuracy)}
+            result["miou"] = float(miou)
+            result["pixel_accuracy"] = float(both.sum() / max(truth.sum(), 1))
         return result
 
 def panoptic_quality(truth, prediction):
@@ -1046,7 +1041,7 @@ class DepthQuality:
     def __init__(self):
         self.state = np.zeros(4)  # sums of the three over images, images
 
-    all_reduce = reduce_state
+    all_reduce = PanopticQuality.all_reduce
 
     def update(self, truth, predicted):
         """Count one image, (H, W): truth > 0 or NaN, predicted up to scale and shift."""
@@ -1079,9 +1074,8 @@ THINGS = {  # outlines, below 1 inside; x, y: local coordinates, r: distance fro
     "blob": lambda x, y, r: r / (0.8 + 0.2 * sin(3 * np.arctan2(y, x)))}  # has no label
 
 class ShapeScenes(Dataset):
-    """Generated scenes, no files: shapes at various distances over wavy, textured regions. Items:
-    image uint8 (H, W, 3), ids int64 (H, W), 0 = VOID, segments [{"id", "category_id"}], image_id,
-    file_name, depth float32 (H, W) in [0, 1], 1 the farthest."""
+    """Generated scenes. Items: image uint8 (H, W, 3), ids int64 (H, W), 0 = VOID, segments
+    [{"id", "category_id"}], image_id, file_name, depth float32 (H, W) in [0, 1], 1 far."""
 
     LENGTH = {"train": 100_000, "val": 200}
     NAMES = [*STUFF, *THINGS]
@@ -1090,8 +1084,7 @@ class ShapeScenes(Dataset):
 
     def __init__(self, split, size):
         require(split in self.LENGTH, f"split {split!r} of shapes, expected train or val")
-        self.split, self.size = split, size
-        centres = (np.arange(size, dtype=np.float32) + 0.5) / size
+        self.split, centres = split, (np.arange(size, dtype=np.float32) + 0.5) / size
         self.x, self.y = np.meshgrid(centres, centres)
 
     def __len__(self):
@@ -1100,18 +1093,16 @@ class ShapeScenes(Dataset):
     def __getitem__(self, index):
         number = range(len(self))[index]  # or an IndexError
         rng = random_generator(list(self.LENGTH).index(self.split), "scene", number)
-        image, depth = np.zeros((*self.x.shape, 3), np.float32), np.zeros_like(self.x)
-        ids, segments = np.zeros(self.x.shape, np.int64), []
+        ids, depth, names = np.zeros(self.x.shape, np.int64), np.zeros_like(self.x), []
+        image = np.zeros((*self.x.shape, 3), np.float32)
 
         # paint from far to near, each layer with a contact shadow
         for name, outline, colour, distance in (*self.regions(rng), *self.things(rng)):
-            category = 1 + self.NAMES.index(name)
-            segments.append({"id": len(segments) + 1, "category_id": category})
-            inside = outline < 1
+            names.append(name)
             image *= np.where(outline < 1.3, np.float32(0.72), 1)[..., None]
-            np.copyto(image, colour, where=inside[..., None])
-            np.copyto(depth, distance, where=inside)
-            ids[inside] = len(segments)
+            np.copyto(image, colour, where=(outline < 1)[..., None])
+            np.copyto(depth, distance, where=outline < 1)
+            ids[outline < 1] = len(names)
 
         # haze, contrast, noise
         haze = (0.55 * depth**1.5)[..., None]
@@ -1120,16 +1111,16 @@ class ShapeScenes(Dataset):
         image += rng.uniform(0.01, 0.05) * rng.standard_normal(image.shape, np.float32)
 
         # blobs, and the little that is left of hidden things, are VOID
-        large = np.bincount(ids.ravel(), minlength=len(segments) + 1) >= 0.02 * ids.size
-        segments = [s for s in segments if large[s["id"]] and s["category_id"] < len(self.NAMES)]
+        large = np.bincount(ids.ravel(), minlength=len(names) + 1) >= 0.02 * ids.size
+        segments = [{"id": id, "category_id": 1 + self.NAMES.index(name)}
+                    for id, name in enumerate(names, start=1) if large[id] and name != "blob"]
         ids[~np.isin(ids, [s["id"] for s in segments])] = VOID
         return {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids, "depth": depth,
                 "segments": segments, "image_id": number,
                 "file_name": f"{self.split}{number:06d}.png"}
 
     def regions(self, rng):
-        """One to three with wavy borders, the farthest may be sky or hills: their names, outlines
-        (H, W), colours (H, W, 3), distances."""
+        """One to three, far to near: name, outline (H, W), colour (H, W, 3), distance."""
         x, y, near = self.x, self.y, 0.75 + self.y  # waves are longer where it is near
         names = [self.NAMES[rng.integers(2)], *rng.permutation(self.NAMES[2:5])]
         tops = np.sort(rng.permutation(rng.uniform((0.2, 0.5), (0.5, 0.75)))[: rng.integers(3)])
@@ -1147,8 +1138,7 @@ class ShapeScenes(Dataset):
         """Two to six from far to near, lit from one side; yields the same."""
         light, palette, placed = rng.uniform(-0.7, 0.7), rng.uniform(0.1, 0.95, (2, 3)), []
         for distance in np.sort(rng.uniform(0.1, 0.75, rng.integers(2, 7)))[::-1].tolist():
-            # of eight places the first that hides no other thing, or the one that hides least;
-            # gaps to earlier things are negative where they overlap
+            # of eight places the one that hides least of other things, by gaps below 0
             radius = rng.uniform(0.2, 0.265) * (1.2 - 0.65 * distance)
             foot = 1.0 - 0.9 * distance + rng.uniform(-0.15, 0.15, 8) - 0.6 * radius
             u, v = rng.random(8), foot.clip(0.04, 0.96)
@@ -1162,14 +1152,14 @@ class ShapeScenes(Dataset):
             name = str(rng.choice(list(THINGS), p=[0.16] * 6 + [0.04]))
             outline = THINGS[name](turned.real, turned.imag, np.hypot(dx, dy))
 
-            # its colour, perhaps shared; plain, striped or checked; shaded, darker at its rim
+            # its colour, perhaps shared; plain, striped or checked; shaded, with a rim
             colour = palette[rng.integers(2)] if rng.random() < 0.4 else rng.uniform(0.1, 0.95, 3)
             bands = 0.3 * np.sign(sin(rng.uniform(4, 9) * turned.real))
             checks = bands * np.sign(sin(rng.uniform(4, 9) * turned.imag))
             paint = [0, 0, bands, checks][rng.integers(4)]
             shade = 0.95 + 0.4 * (light * dx - 0.8 * dy) - 0.3 * (outline > 0.82) - 0.25 * distance
-            colour = np.float32(colour) * ((1 + paint) * shade)[..., None]
-            yield name, outline, colour.clip(0, 1), distance
+            colour = (np.float32(colour) * ((1 + paint) * shade)[..., None]).clip(0, 1)
+            yield name, outline, colour, distance
 
 # ---- 12. Files: images, depth, COCO panoptic and instances -----------------------------
 
@@ -1188,12 +1178,11 @@ def write_png(path, array):
 
 @contextmanager
 def reading(place, what):
-    """Context that only reads `place`, a file or part of it: an error there is the user's."""
+    """Context that only reads `place`, a file or part of it: errors are the user's."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-            EOFError, ArithmeticError, SyntaxError, TokenError, SafetensorError,
-            UnpicklingError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
+            ArithmeticError, SyntaxError, TokenError, SafetensorError, UnpicklingError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         known = {UserError: error, FileNotFoundError: f"no such {what}",
                  UnpicklingError: "code in it would have to run, which is refused"}
@@ -1211,81 +1200,93 @@ def read_image(path):
         return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()  # faster than Pillow
 
 def read_depth(path, shape):
-    """.npy of floats, .png of 16 bits -> float32 (H, W) = shape, NaN what is not above 0."""
+    """.npy of floats, .png of 16 bits -> float32 (H, W) = shape, NaN what is not > 0."""
     path = path.with_suffix(".npy" if path.with_suffix(".npy").exists() else ".png")
     with reading(path, "depth map, .npy or .png"):
         depth = np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
         fits = depth.dtype.name in ("uint16", "float16", "float32", "float64")
-        require(fits and depth.shape == shape,
-                f"{depth.dtype} {depth.shape}, expected 16-bit integers or floats {shape}")
+        require(fits and depth.shape == shape, f"{depth.dtype} {depth.shape}, expected "
+                f"16-bit integers or floats {shape}")
         depth = depth.astype(np.float32)
         return np.where((depth > 0) & np.isfinite(depth), depth, np.float32(np.nan))
 
 def draw_instances(segments, size):
     """COCO polygons or RLE of segments -> ids int32 (H, W) = size, the smaller on top."""
-    from pycocotools import mask as coco
+    from pycocotools.coco import COCO
+    from pycocotools.mask import area, decode
 
-    masks, ids = {}, np.zeros(size, np.int32)
+    coco, masks, ids = COCO(), {}, np.zeros(size, np.int32)
+    coco.imgs = {0: {"height": size[0], "width": size[1]}}
     for segment in segments:
-        rle = segment["segmentation"]
-        with reading(f"segmentation {str(rle)[:60]}", "polygon [[x, y, ...]] or RLE"):
-            if isinstance(rle, list):
-                for xy in rle:  # pycocotools never returns from infinity
-                    fits = len(xy) >= 6 and np.abs(np.reshape(xy, (-1, 2))).max() < 1e6
-                    require(fits, "expected three or more pairs x, y")
-                rle = coco.merge(coco.frPyObjects(rle, *size))
-            elif isinstance(rle["counts"], list):
-                rle = coco.frPyObjects({k: rle[k] for k in ("size", "counts")}, *size)
-            mask = coco.decode(rle) > 0  # undefined after the last run
-            fits = mask.shape == size and mask.sum() == coco.area(rle)
+        shape = segment["segmentation"]
+        with reading(f"segmentation {str(shape)[:60]}", "polygon [[x, y, ...]] or RLE"):
+            for xy in shape if isinstance(shape, list) else ():  # infinity would hang
+                fits = len(xy) >= 6 and np.abs(np.reshape(xy, (-1, 2))).max() < 1e6
+                require(fits, "expected three or more pairs x, y")
+            rle = coco.annToRLE({"image_id": 0, "segmentation": shape})
+            mask = masks[segment["id"]] = decode(rle) > 0  # undefined after the last run
+            fits = mask.shape == size and mask.sum() == area(rle)
             require(fits, f"expected the {size} pixels of its image")
-            masks[segment["id"]] = mask
     for id in sorted(masks, key=lambda id: -masks[id].sum()):
         ids[masks[id]] = id
     return ids
 
-def index_entries(kind, entries, **fields):
-    """Entries of a JSON by their first field, {value: entry}. fields: the type of each, or
-    the integers that fit. UserError where one does not, or a first value is there twice."""
+FIELDS = {  # of a JSON's entries: the type or values that fit; the first field is the key
+    "category": {"id": int, "isthing": (0, 1)},
+    "image": {"id": int | str, "file_name": str},
+    "annotation": {"image_id": int | str, "file_name": str, "segments_info": list},
+    "segment": {"id": range(1, 2**24), "category_id": int, "iscrowd": (0, 1, None)}}
+
+def number(value):  # of a JSON that may have "17" for 17; what is no number stays
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+def index_entries(kind, entries, fields):
+    """{key: entry}. UserError where a field does not fit or a key is there twice."""
     key, index = next(iter(fields)), {}
     for entry in entries:
         for name, allowed in fields.items():
-            value, limited = entry.get(name), isinstance(allowed, (range, set))
-            fits = isinstance(value, int if limited else allowed)
-            if not fits or (limited and value not in allowed):
+            value = entry.get(name) if allowed is str else number(entry.get(name))
+            limited = isinstance(allowed, (range, tuple, set))
+            if not (value in allowed if limited else isinstance(value, allowed)):
                 raise UserError(f"{kind}: {name} is {value!r}, expected {allowed}")
+            entry[name] = value
         require(entry[key] not in index, f"{kind}: {key} {entry[key]!r} twice, expected once")
         index[entry[key]] = entry
     return index
 
 def read_coco(path, categories=None, any_category=False):
-    """A COCO JSON, checked -> its categories, images, annotations, each {id: entry}.
-    Instances become segments 1, 2, ... of a panoptic annotation with "file_name" "".
-    categories: those of segments (default: the file's), unless any_category."""
+    """A COCO JSON -> its categories, images, annotations, each {id: entry}, checked. Instances
+    become segments 1, 2, ... of an annotation with "file_name" "". categories: those of
+    segments (default: the file's), unless any_category."""
     with reading(path, "annotation file"):
-        data = json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_text("utf-8-sig"))
         annotations, listed = data["annotations"], data.get("categories", ())
         if any("segmentation" in a for a in annotations):
             groups = defaultdict(list)
             for a in annotations:
-                groups[a["image_id"]].append(a | {"id": len(groups[a["image_id"]]) + 1})
+                group = groups[number(a["image_id"])]
+                group.append(a | {"id": len(group) + 1})
             annotations = [{"image_id": id, "file_name": "", "segments_info": group}
                            for id, group in groups.items()]
             listed = [{"isthing": 1} | c for c in listed]
-        categories = categories or index_entries("category", listed, id=int, isthing=range(2))
-        images = index_entries("image", data.get("images", ()), id=int | str, file_name=str)
-        annotations = index_entries("annotation", annotations, image_id=int | str,
-                                    file_name=str, segments_info=list)
-        known = int if any_category else set(categories)
+        categories = categories or index_entries("category", listed, FIELDS["category"])
+        images = index_entries("image", data.get("images", ()), FIELDS["image"])
+        annotations = index_entries("annotation", annotations, FIELDS["annotation"])
+        fields = FIELDS["segment"] | {"category_id": int if any_category else set(categories)}
         for id, annotation in annotations.items():
-            index_entries(f"image {id}: segment", annotation["segments_info"],
-                          id=range(1, 2**24), category_id=known)
+            index_entries(f"image {id}: segment", annotation["segments_info"], fields)
+
+        # paths in their folder; where a Windows tool climbs out of its own, what is below
+        for entry in (*images.values(), *annotations.values()):
+            name = entry["file_name"].split("..\\")[-1].replace("\\", "/")
+            require(name[:1] != "/" and ".." not in name.split("/"),
+                    f"file_name {name!r}, expected a path inside its folder")
+            entry["file_name"] = name
     return categories, images, annotations
 
 class PanopticDataset(Dataset):
-    """Images with COCO annotations, panoptic or instances; items as in ShapeScenes, hidden
-    instances left out. PNGs are in the folder json_path without ".json", images also in
-    sub-folders of image_dir, depth in image_dir + "_depth"."""
+    """COCO annotations and images; items as in ShapeScenes, hidden instances left out. PNGs
+    are in the folder json_path without ".json", depth in image_dir + "_depth"."""
 
     def __init__(self, json_path, image_dir, depth=False):
         self.json_path, self.image_dir, self.depth = Path(json_path), Path(image_dir), depth
@@ -1300,7 +1301,6 @@ class PanopticDataset(Dataset):
         return len(self.annotations)
 
     def __getitem__(self, index):
-        # ids of a PNG, or drawn
         annotation = self.annotations[index]
         segments, mask_name = annotation["segments_info"], annotation["file_name"]
         place = f"{self.json_path}: image {annotation['image_id']}"
@@ -1325,8 +1325,8 @@ class PanopticDataset(Dataset):
 
         # a PNG has all ids of its JSON, instances may be hidden
         only_one = sorted(found ^ {s["id"] for s in segments})[:5]
-        fits = not mask_name or not only_one
-        require(fits, f"{place}: ids {only_one}, expected in both PNG and JSON")
+        require(not mask_name or not only_one,
+                f"{place}: ids {only_one}, expected in both PNG and JSON")
         segments = [s for s in segments if s["id"] in found]
         record = {"image": image, "ids": ids, "segments": segments, "image_id": info["id"],
                   "file_name": info["file_name"]}
@@ -1336,14 +1336,14 @@ class PanopticDataset(Dataset):
 
 def open_dataset(data, split, images, size, kind, depth=False):
     """The data set of --data, --split and --images: "shapes" at `size` pixels, a folder in
-    COCO's layout, or a COCO JSON with `images`, "{split}" in both being the split. split None:
-    the only one that starts with `kind`, "train" or "val"; `kind` for "{split}"."""
+    COCO's layout, or a COCO JSON with `images`, "{split}" in both being the split. split
+    None: the only one that starts with `kind`, "train" or "val"; `kind` for "{split}"."""
     path, flag = Path(data), "--train-split" if kind == "train" else "--split"
     if data == "shapes":
         return ShapeScenes(split or kind, size)
     if path.suffix == ".json":
-        require(images and (not split or "{split}" in data), f"--data {data}: a JSON, expected "
-                f"--images DIR, and {flag} only with {{split}} in its path")
+        require(images and (not split or "{split}" in data), f"--data {data}: a JSON, "
+                f"expected --images DIR, and {flag} only with {{split}} in its path")
         data, images = (name.replace("{split}", split or kind) for name in (data, images))
         return PanopticDataset(data, images, depth)
     files = sorted(path.glob("annotations/panoptic_*.json"))
@@ -1357,7 +1357,7 @@ def open_dataset(data, split, images, size, kind, depth=False):
 # ---- 13. What the model sees of a record, and the order of training --------------------
 
 def relative_depth(depth):
-    """depth float (H, W), NaN = invalid -> [-1, 1], its 2nd and 98th percentiles the ends."""
+    """float (H, W), NaN = invalid -> [-1, 1], its 2nd and 98th percentiles the ends."""
     valid = depth[np.isfinite(depth)]
     require(len(np.unique(valid)) > 1, f"depth has one value or none at {valid.size} "
             "valid pixels, expected several")
@@ -1367,14 +1367,12 @@ def relative_depth(depth):
     return ((depth - low) * (2 / (high - low)) - 1).clip(-1, 1).astype(np.float32)
 
 def prepare(record, config, rng, augment, task="instance"):
-    """An item -> what the model sees: "image" (3, s, s) in [-1, 1], "ids" (s, s), if needed
-    "depth" (s, s) in [-1, 1], NaN = invalid. The largest N - 1 segments have random ids, those
-    of task "semantic" the places 1..K of their classes. augment: flips half of the items, and
-    segments below config.min_segment pixels are VOID."""
+    """An item -> "image" (3, s, s) in [-1, 1], "ids" (s, s), if needed "depth" (s, s) in
+    [-1, 1], NaN = invalid. Ids: random ones of the N - 1 largest; of task "semantic" places
+    1..K of classes. augment: random flips, segments below config.min_segment VOID."""
     # a square; masks and depth by nearest neighbour
     size, flip = (config.size, config.size), augment and rng.random() < 0.5
     sample = {"image": image_tensor(record["image"], config.size)}
-    ids = resize_nearest(record["ids"], size)
     if config.needs_depth and "depth" in record:
         with reading(record["file_name"], "depth map"):
             depth = relative_depth(record["depth"])
@@ -1382,15 +1380,14 @@ def prepare(record, config, rng, augment, task="instance"):
 
     # segments 1..S; crowds and what is not listed are VOID
     segments = [s for s in record["segments"] if not s.get("iscrowd")]
-    ids = compact_ids(ids, [s["id"] for s in segments])
+    ids = compact_ids(resize_nearest(record["ids"], size), [s["id"] for s in segments])
 
     # the places of their classes, or random ids of the largest
     if task == "semantic":
         place = {c["id"]: i for i, c in enumerate(json.loads(config.categories), start=1)}
         ids = np.array([VOID, *(place[s["category_id"]] for s in segments)])[ids]
     else:
-        areas = np.bincount(ids.ravel())
-        areas[VOID] = 0
+        areas = np.bincount(ids[ids != VOID])
         largest = np.argsort(-areas, kind="stable")[: config.num_ids - 1]
         least = max(config.min_segment, 1) if augment else 1
         ids = compact_ids(ids, largest[areas[largest] >= least])
@@ -1399,16 +1396,16 @@ def prepare(record, config, rng, augment, task="instance"):
     return {name: part.flip(-1) if flip else part for name, part in sample.items()}
 
 def keep_blocks(ids, rng, block, drop_rate):
-    """Of a map (s, s): bool (s, s), True = known. Squares of `block` pixels, each dropped
-    with probability drop_rate (Fig. 9)."""
+    """bool (s, s) of a map (s, s), True = known: squares of `block` pixels, each dropped with
+    probability drop_rate (Fig. 9)."""
     cells = math.ceil(len(ids) / block)
     kept = rng.random((cells, cells)) >= drop_rate
     return kept.repeat(block, 0).repeat(block, 1)[: len(ids), : len(ids)]
 
 class TrainingStream(Dataset):
-    """Endless: position p -> a prepared sample, its "position", with config.tasks its "task",
-    a place in them, with given_share its "known" pixels. Data sets take turns. A sample depends
-    on (seed, p) only: a resumed run and any number of ranks see the same."""
+    """Endless: position -> a prepared sample, its "position", "task" (a place in config.tasks)
+    and "known" pixels, if there are any. Data sets take turns. A sample depends on seed and
+    position only: a resumed run and any number of ranks see the same."""
 
     def __init__(self, datasets, config, seed):
         self.datasets, self.config, self.seed = datasets, config, seed
@@ -1420,41 +1417,39 @@ class TrainingStream(Dataset):
 
     def __getitem__(self, position):
         # whose turn is it, and which record?
+        config, generator = self.config, partial(random_generator, self.seed, position=position)
         number, turn = divmod(position, len(self.datasets))
         epoch, place = divmod(number, len(self.datasets[turn]))
         record = self.datasets[turn][self.order(turn, epoch)[place]]
 
         # the sample of a random task
-        tasks = self.config.trained_tasks
-        task = int(random_generator(self.seed, "task", position).integers(len(tasks)))
-        rng = random_generator(self.seed, "sample", position)
-        sample = prepare(record, self.config, rng, True, tasks[task]) | {"position": position}
-        if self.config.tasks:
-            sample["task"] = task
+        tasks = config.trained_tasks
+        task = int(generator("task").integers(len(tasks)))
+        sample = prepare(record, config, generator("sample"), True, tasks[task])
+        sample |= {"position": position} | ({"task": task} if config.tasks else {})
 
         # blocks of the mask are given, in a share of the samples
-        if self.config.given_share:
-            rng = random_generator(self.seed, "blocks", position)
-            given = rng.random() < self.config.given_share and tasks[task] != "depth"
-            block = max(1, self.config.size >> rng.integers(1, 6))
+        if config.given_share:
+            rng = generator("blocks")
+            given = rng.random() < config.given_share and tasks[task] != "depth"
+            block = max(1, config.size >> rng.integers(1, 6))
             rate = rng.uniform(0.1, 0.95) if given else 1.0
             sample["known"] = torch.from_numpy(keep_blocks(sample["ids"], rng, block, rate))
         return sample
 
-def ignore_interrupts(_):
-    """Ctrl-C reaches all processes of a terminal: a loader ends with its training instead."""
+def ignore_interrupts(_):  # Ctrl-C reaches loaders too, which end with their training
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def training_loader(stream, batch_size, accumulate, start, stop, workers):
-    """This rank's micro-batches of the optimizer steps start..stop-1, `accumulate` each."""
+    """This rank's micro-batches of optimizer steps start..stop-1, `accumulate` each."""
     rank, world = rank_and_world()
     micro, rest = divmod(batch_size, accumulate * world)
     require(not rest, f"batch size {batch_size}, expected a multiple of --accumulate x "
             f"processes = {accumulate} x {world}")
     firsts = range(start * batch_size + rank * micro, stop * batch_size, world * micro)
-    return DataLoader(stream, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      batch_sampler=(range(first, first + micro) for first in firsts),
-                      worker_init_fn=ignore_interrupts)
+    batches = (range(first, first + micro) for first in firsts)
+    return DataLoader(stream, batch_sampler=batches, num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_interrupts)
 
 # ========================================================================================
 # Part III. Running

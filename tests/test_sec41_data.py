@@ -327,6 +327,42 @@ def test_too_few_counts_never_make_up_pixels(tmp_path, counts):
             assert np.array_equal(dataset[0]["ids"], map_of((1, 1, 1, 2, 4)))
 
 
+def two_squares(root, change, encoding="utf-8"):
+    """The data set of a square and another of image 4, in a JSON that `change` edits."""
+    file = root / "annotations" / "instances_train.json"
+    instances(root, [[square(0, 0, 2, 2)], [square(3, 0, 5, 2)]])
+    content = json.loads(file.read_text())
+    change(content["images"][1], content["categories"][0], content["annotations"])
+    file.write_text(json.dumps(content), encoding)
+    return open_dataset(root, None, None, 32, "train")
+
+
+@pytest.mark.parametrize("change, encoding", [
+    (lambda image, category, squares: None, "utf-8-sig"),  # a byte-order mark
+    (lambda image, category, squares: image.update(file_name="train\\4/grey.png"), "utf-8"),
+    (lambda image, category, squares: image.update(file_name="..\\..\\tool\\grey.png"), "utf-8"),
+    (lambda image, category, squares: image.update(id="4"), "utf-8"),
+    (lambda image, category, squares: category.update(id="3", isthing="1"), "utf-8"),
+    (lambda image, category, squares: squares[1].update(image_id="4", category_id="3"), "utf-8"),
+])  # fmt: skip
+def test_what_other_tools_write_is_read_as_cocos(tmp_path, change, encoding):
+    dataset = two_squares(tmp_path, change, encoding)
+    (record,) = dataset
+    assert record["image_id"] == 4 and (record["image"] == 99).all()
+    assert [(s["id"], s["category_id"]) for s in record["segments"]] == [(1, 3), (2, 3)]
+    assert [(c["id"], c["isthing"]) for c in dataset.categories] == [(3, 1), (8, 0)]
+    assert not {"..", ""} & set(record["file_name"].split("/"))
+
+
+@pytest.mark.parametrize("value, crowd", [
+    ("0", False), ("1", True), (False, False), (True, True), (0.0, False), (1.0, True)])
+def test_a_crowd_is_0_or_1_however_it_is_written(tmp_path, value, crowd):
+    (record,) = two_squares(tmp_path, lambda _, __, squares: squares[1].update(iscrowd=value))
+    assert record["segments"][1]["iscrowd"] == crowd
+    counted = prepared(record)["ids"].unique()
+    assert len(counted) == (2 if crowd else 3)  # VOID and one or two squares
+
+
 DEPTH = np.arange(54.0).reshape(6, 9)
 DEPTH[0, :4] = 0, np.nan, np.inf, -1  # all unknown
 KNOWN = np.where(np.isfinite(DEPTH) & (DEPTH > 0), DEPTH, np.nan)
@@ -384,6 +420,12 @@ DAMAGE = [
     (INSTANCES, shape({"size": [6, 9], "counts": [-1, 55]}), "image 4: segmentation *-1, 55"),
     (INSTANCES, shape(None), "image 4: segmentation None: not a readable polygon"),
     (INSTANCES, lambda c: c["images"][1].update(height=60), "*(60, 9) pixels, expected (6, 9)"),
+    (INSTANCES, lambda c: c["images"][1].update(file_name="/grey.png"),
+     "file_name '/grey.png', expected a path inside its folder"),
+    (PANOPTIC, lambda c: c["annotations"][1].update(file_name="a/../../b.png"),
+     "file_name 'a/../../b.png', expected a path inside its folder"),
+    (INSTANCES, lambda c: c["annotations"][1].update(iscrowd=2),
+     "image 4: segment: iscrowd is 2, expected (0, 1, None)"),
     (PANOPTIC, segment(id=5), "image 11: segment: id 5 twice, expected once"),
     (PANOPTIC, segment(id=0), "image 11: *id is 0, expected range(1, 16777216)"),
     (PANOPTIC, segment(category_id=77), "image 11: *category_id is 77, expected {"),

@@ -84,10 +84,11 @@ class PanopticPairs(Dataset):
     def __getitem__(self, index):
         truth, metric = self.truth[index], self.new_metric()
         prediction = self.prediction.get(truth["image_id"])
-        gt_rgb = read_image(path := self.folders[0] / truth["file_name"])
+        gt_rgb = read_image(path := self.folders[0] / truth["file_name"], exact=True)
         pred_rgb, segments = np.zeros_like(gt_rgb), []
         if prediction:
-            pred_rgb = read_image(path := self.folders[1] / prediction["file_name"])
+            path = self.folders[1] / prediction["file_name"]
+            pred_rgb = read_image(path, exact=True)
             segments = prediction["segments_info"]
         with reading(f"{path}: image {truth['image_id']}", "pair"):
             metric.update(gt_rgb, truth["segments_info"], pred_rgb, segments)

@@ -29,7 +29,9 @@ import json
 import math
 import os
 import signal
+import struct
 import sys
+import zlib
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1182,22 +1184,33 @@ def reading(place, what):
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-            ArithmeticError, SyntaxError, TokenError, SafetensorError, UnpicklingError) as error:
+            ArithmeticError, MemoryError, SyntaxError, TokenError, struct.error, zlib.error,
+            SafetensorError, UnpicklingError, Image.DecompressionBombError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         known = {UserError: error, FileNotFoundError: f"no such {what}",
                  UnpicklingError: "code in it would have to run, which is refused"}
         message = known.get(type(error), f"not a readable {what} ({reason})")
         raise UserError(f"{place}: {message}") from None
 
-def read_image(path):
-    """Image file -> uint8 (H, W, 3)."""
+def read_image(path, exact=False):
+    """Image file -> uint8 (H, W, 3), turned as its EXIF tag says. Grey of over 8 bits is scaled;
+    white is the first of 1, 255, 4095, 65535 and its highest value that is not below that.
+    exact: of a mask, which must be a PNG of 8 bits."""
     with reading(path, "image"):
+        require(Path(path).is_file() or not Path(path).exists(), "no regular file")
         data = Path(path).read_bytes()
-        if not data.startswith(b"\x89PNG"):
-            return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
-        require(data[24] != 16, "16 bits per channel, expected 8")
-        data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()  # faster than Pillow
+        is_png = data.startswith(b"\x89PNG") and data[24] <= 8
+        require(is_png or not exact, "expected a PNG of 8 bits per channel")
+        if is_png and b"eXIf" not in data:  # faster than Pillow
+            data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+        image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+        if image.mode[0] in "IF":  # integers of over 8 bits, floats
+            values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+            black, highest = min(values.min(), 0), values.max()
+            white = next((w for w in (1, 255, 4095, 65535) if highest <= w), highest)
+            image = Image.fromarray((255 * (values - black) / (white - black)).astype(np.uint8))
+        return np.asarray(image.convert("RGB"))
 
 def read_depth(path, shape):
     """.npy of floats, .png of 16 bits -> float32 (H, W) = shape, NaN what is not > 0."""
@@ -1218,8 +1231,9 @@ def draw_instances(segments, size):
     coco, masks, ids = COCO(), {}, np.zeros(size, np.int32)
     coco.imgs = {0: {"height": size[0], "width": size[1]}}
     for segment in segments:
-        shape = segment["segmentation"]
+        shape = segment.get("segmentation")
         with reading(f"segmentation {str(shape)[:60]}", "polygon [[x, y, ...]] or RLE"):
+            require(shape, "a box without an outline, expected polygons or RLE")
             for xy in shape if isinstance(shape, list) else ():  # infinity would hang
                 fits = len(xy) >= 6 and np.abs(np.reshape(xy, (-1, 2))).max() < 1e6
                 require(fits, "expected three or more pairs x, y")
@@ -1260,8 +1274,8 @@ def read_coco(path, categories=None, any_category=False):
     segments (default: the file's), unless any_category."""
     with reading(path, "annotation file"):
         data = json.loads(Path(path).read_text("utf-8-sig"))
-        annotations, listed = data["annotations"], data.get("categories", ())
-        if any("segmentation" in a for a in annotations):
+        annotations, listed = data.get("annotations", ()), data.get("categories", ())
+        if not any("segments_info" in a for a in annotations):
             groups = defaultdict(list)
             for a in annotations:
                 group = groups[number(a["image_id"])]
@@ -1276,12 +1290,12 @@ def read_coco(path, categories=None, any_category=False):
         for id, annotation in annotations.items():
             index_entries(f"image {id}: segment", annotation["segments_info"], fields)
 
-        # paths in their folder; where a Windows tool climbs out of its own, what is below
+        # where a tool's path leaves its folder, images are found by their base names
         for entry in (*images.values(), *annotations.values()):
-            name = entry["file_name"].split("..\\")[-1].replace("\\", "/")
-            require(name[:1] != "/" and ".." not in name.split("/"),
-                    f"file_name {name!r}, expected a path inside its folder")
-            entry["file_name"] = name
+            name = entry["file_name"].replace("\\", "/")
+            leaves = name.startswith("/") or ".." in name.split("/")
+            entry["file_name"] = os.path.basename(name) if leaves else name
+            os.fsencode(name)  # or an error
     return categories, images, annotations
 
 class PanopticDataset(Dataset):
@@ -1304,24 +1318,29 @@ class PanopticDataset(Dataset):
         annotation = self.annotations[index]
         segments, mask_name = annotation["segments_info"], annotation["file_name"]
         place = f"{self.json_path}: image {annotation['image_id']}"
-        with reading(place, "annotation"):
-            info = self.images[annotation["image_id"]]
-            if not mask_name:
-                ids = draw_instances(segments, (info["height"], info["width"]))
-        if mask_name:
-            place = self.json_path.with_suffix("") / mask_name
-            ids = rgb2id(read_image(place))
+        info = self.images.get(annotation["image_id"])
+        require(info, f"{place}: annotated, expected in images")
 
         # the image, at file_name in image_dir or the only one of that base name
         name = info["file_name"]
         if not (self.image_dir / name).is_file():
             paths = self.paths[os.path.basename(name).replace("_gtFine", "")]  # Cityscapes
-            require(len(paths) == 1, f"{self.image_dir / name}: no such image, its name "
-                    f"is {len(paths)} times below {self.image_dir}: {paths}")
+            require(len(paths) == 1, f"{self.image_dir / name}: no such image, its name is "
+                    f"{len(paths)} times below {self.image_dir}: {paths}; --images names a folder")
             name = paths[0]
         image = read_image(self.image_dir / name)
-        size, found = image.shape[:2], set(np.unique(ids).tolist()) - {VOID}
+        size = image.shape[:2]
+
+        # its ids, of a PNG or drawn
+        if mask_name:
+            place = self.json_path.with_suffix("") / mask_name
+            ids = rgb2id(read_image(place, exact=True))
+        else:
+            with reading(place, "annotation"):
+                listed = info.get("height", size[0]), info.get("width", size[1])
+                ids = draw_instances(segments, listed)
         require(ids.shape == size, f"{place}: {ids.shape} pixels, expected {size}")
+        found = set(np.unique(ids).tolist()) - {VOID}
 
         # a PNG has all ids of its JSON, instances may be hidden
         only_one = sorted(found ^ {s["id"] for s in segments})[:5]
@@ -1335,24 +1354,35 @@ class PanopticDataset(Dataset):
         return record
 
 def open_dataset(data, split, images, size, kind, depth=False):
-    """The data set of --data, --split and --images: "shapes" at `size` pixels, a folder in
-    COCO's layout, or a COCO JSON with `images`, "{split}" in both being the split. split
-    None: the only one that starts with `kind`, "train" or "val"; `kind` for "{split}"."""
+    """The data set of --data, --split and --images: "shapes" at `size` pixels, a folder as COCO
+    and tools that export its JSON leave it, or such a JSON ("{split}" in both paths is the
+    split). split None: the only one that starts with `kind`, "train" or "val", or is alone."""
     path, flag = Path(data), "--train-split" if kind == "train" else "--split"
     if data == "shapes":
         return ShapeScenes(split or kind, size)
     if path.suffix == ".json":
-        require(images and (not split or "{split}" in data), f"--data {data}: a JSON, "
-                f"expected --images DIR, and {flag} only with {{split}} in its path")
-        data, images = (name.replace("{split}", split or kind) for name in (data, images))
+        require(not split or "{split}" in data, f"--data {data}: a JSON, expected {flag} only "
+                "with {split} in its path")
+        data, images = (name.replace("{split}", split or kind)
+                        for name in (data, images or str(path.parent)))
         return PanopticDataset(data, images, depth)
-    files = sorted(path.glob("annotations/panoptic_*.json"))
-    files = files or sorted(path.glob("annotations/instances_*.json"))
-    file_of = {file.stem.partition("_")[2]: file for file in files}
-    found = [n for n in file_of if (n == split if split else n.startswith(kind))]
+
+    # COCO and CVAT; Roboflow; labelme, Label Studio
+    for pattern in ("annotations/panoptic_*.json", "annotations/instances_*.json",
+                    "*/_annotations.coco.json", "*.json"):
+        if files := sorted(path.glob(pattern)):
+            break
+    file_of = {f.parent.name if f.stem == "_annotations.coco" else
+               f.stem.removeprefix("panoptic_").removeprefix("instances_"): f for f in files}
+    alone = len(file_of) == 1 and not split
+    found = [n for n in file_of if alone or (n == split if split else n.startswith(kind))]
     require(len(found) == 1, f"--data {data}: {flag} {split or 'not given'}, expected one of "
-            f"{list(file_of)}, from annotations/panoptic_*.json or instances_*.json")
-    return PanopticDataset(file_of[found[0]], images or path / found[0], depth)
+            f"{list(file_of)}, from annotations/panoptic_*.json, instances_*.json or a COCO "
+            "JSON in it; or --data a JSON, and --images")
+    folders = [path / found[0], path / "images" / found[0],
+               *sorted(path.glob(f"{found[0]}*")), path / "images", path]
+    folder = next(f for f in folders if f.is_dir() and not f.name.endswith("_depth"))
+    return PanopticDataset(file_of[found[0]], images or folder, depth)
 
 # ---- 13. What the model sees of a record, and the order of training --------------------
 
@@ -1407,8 +1437,21 @@ class TrainingStream(Dataset):
     and "known" pixels, if there are any. Data sets take turns. A sample depends on seed and
     position only: a resumed run and any number of ranks see the same."""
 
-    def __init__(self, datasets, config, seed):
+    def __init__(self, datasets, config, seed, on_bad_sample="error"):
         self.datasets, self.config, self.seed = datasets, config, seed
+        self.on_bad_sample, self.bad = on_bad_sample, set()
+
+    def first_readable(self, turn, indices):
+        for index in indices.tolist():
+            try:
+                return self.datasets[turn][index]
+            except (UserError, FileNotFoundError) as error:
+                if self.on_bad_sample == "error":
+                    raise
+                if (turn, index) not in self.bad:
+                    self.bad.add((turn, index))
+                    print(f"skipped, number {len(self.bad)}: {error}", file=sys.stderr)
+        raise UserError(f"none of {len(indices)} samples can be read, expected one")
 
     @lru_cache(maxsize=8)
     def order(self, turn, epoch):
@@ -1420,7 +1463,7 @@ class TrainingStream(Dataset):
         config, generator = self.config, partial(random_generator, self.seed, position=position)
         number, turn = divmod(position, len(self.datasets))
         epoch, place = divmod(number, len(self.datasets[turn]))
-        record = self.datasets[turn][self.order(turn, epoch)[place]]
+        record = self.first_readable(turn, np.roll(self.order(turn, epoch), -place))
 
         # the sample of a random task
         tasks = config.trained_tasks
@@ -1879,8 +1922,8 @@ def align_ids(ids, truth):
                 renamed[ours] = id
     return renamed
 
-PALETTE = np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + 0.25 * (i % 3), 0.95 - 0.3 * (i % 2))
-                    for i in range(1, 256)])
+PALETTE = np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + 0.25 * (i % 3),
+                                        0.95 - 0.3 * (i % 2)) for i in range(1, 256)])
 
 def colorize(drawn, truth=None, image=None):
     """Map (H, W) -> uint8 (H, W, 3). Ids: a colour each, of the segment of `truth` it matches,
@@ -1890,7 +1933,7 @@ def colorize(drawn, truth=None, image=None):
         near = (high - drawn[..., None]) / max(high - low, 1e-9)
         return np.nan_to_num(near * (215, 190, 60) + (40, 30, 90)).astype(np.uint8)
     ids = drawn if truth is None else align_ids(drawn, truth)
-    picture, stripe, columns = np.empty((*ids.shape, 3), np.uint8), max(2, len(ids) // 32), None
+    picture, stripe = np.empty((*ids.shape, 3), np.uint8), max(2, len(ids) // 32)
     for y, row in enumerate(ids):  # row by row, or a photograph's would take gigabytes
         grey = 0.2 + 0.15 * ((y + np.arange(len(row))) // stripe % 2)
         rgb = np.where(row[:, None] == VOID, grey[:, None], PALETTE[(row - 1) % 255])

@@ -43,8 +43,6 @@ def parse(argv):
     parser.add("data", "--image", "image to segment")
     parser.add("data", "--mask", "its partial mask")
     parser.add("sampling", "--variations", "completions to draw", type=whole_number, default=1)
-    parser.add("sampling", "--repeats", "passes over each timestep (Alg. 3: 1)", type=whole_number,
-               default=1)
     parser.add("sampling", "--drop-rate", "shares of the blocks to drop", type=float, nargs="+",
                default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="R")
     parser.add("sampling", "--block", "block sizes, of the model's input (default: side / 32, ... "
@@ -102,7 +100,7 @@ def complete_image(model, args, autocast):
     for variation in range(count):
         with autocast():
             ids, info, probability = model.complete(
-                image, given, args.steps, args.repeats, args.seed + variation, True)
+                image, given, args.steps, args.seed + variation, True)
         masks.append(ids)
         segments.append(info)
         confidence.append(probability)
@@ -193,8 +191,7 @@ def run_experiment(model, args, device, autocast):
 
     def complete(batch, known):
         with autocast():
-            return model.inpaint(batch["image"], batch["ids"], known, batch["noise"], args.steps,
-                                 args.repeats)
+            return model.inpaint(batch["image"], batch["ids"], known, batch["noise"], args.steps)
 
     for records, batch in evaluation_batches(dataset, config, device, args.seed, args.workers,
                                              args.limit):

@@ -829,13 +829,11 @@ class LDMSeg(nn.Module):
         return self.decode(z_t, task)
 
     @torch.no_grad()
-    def inpaint(self, image, ids, known, noise, steps, repeats=1):
+    def inpaint(self, image, ids, known, noise, steps):
         """Alg. 3: ids int64 (B, H, W), given where `known`, bool (B, H, W) -> logits
         (B, N, H/2, W/2); the rest as in `sample`. NOTE: paper: the mask is resized to cells;
         here cells with all pixels known are pasted, those with any only fed in self-
-        conditioning, because pasting them does harm. NOTE: paper: one pass over each
-        timestep; here `repeats`, of random ids on fresh noise (like RePaint), because unknown
-        cells then come to agree with known ones."""
+        conditioning, because pasting them does harm."""
         generators = [random_generator(seed, "noise", position) for seed, position in noise]
 
         # z_i = f_i(x) * s; z_t = Gaussian noise
@@ -852,19 +850,12 @@ class LDMSeg(nn.Module):
         # z_t_masked = f_t(y) * s; m at 1/8
         z_known, touched, complete = self.encode_known(given, known)
         for t, t_next in pairwise([*timesteps, -1]):
-            for repeat in range(repeats):
-                # a further pass: noise on what the last one found
-                if repeat > 0:
-                    again = first_noise if self.matched else gaussian_latents(
-                        generators, self.config, self.device)
-                    z_t = self.schedule.add_noise(x0, again, t)
+            # noise_pred = h(z_c, j); z_t without it (Eq. 3 solved) is x0
+            x0_previous = torch.where(touched, z_known, x0)
+            _, x0, eps = self.predict(z_t, z_image, x0_previous, t, "instance")
 
-                # noise_pred = h(z_c, j); z_t without it (Eq. 3 solved) is x0
-                x0_previous = torch.where(touched, z_known, x0)
-                _, x0, eps = self.predict(z_t, z_image, x0_previous, t, "instance")
-
-                # z_t[:, m] = z_t_masked[:, m]: in x0, where all pixels are known
-                x0 = torch.where(complete, z_known, x0)
+            # z_t[:, m] = z_t_masked[:, m]: in x0, where all pixels are known
+            x0 = torch.where(complete, z_known, x0)
 
             # z_t = add_noise(x0, noise_pred, j_prev), Eq. 3: what Eq. 5 does with eta 0
             z_t = self.schedule.step(x0, first_noise if self.matched else eps, t, t_next)
@@ -890,7 +881,7 @@ class LDMSeg(nn.Module):
         outputs = {name: output[0] for name, output in outputs.items()}
         return draw(outputs, task, image.shape[:2], self.config)
 
-    def complete(self, image, given_mask, steps=None, repeats=1, seed=0, return_confidence=False):
+    def complete(self, image, given_mask, steps=None, seed=0, return_confidence=False):
         """Complete a mask, int ids (h, w) of the caller's choice, 0 = unknown, of an image uint8
         (H, W, 3) -> as `segment`, what is given unchanged, new segments with other ids.
         return_confidence: also the highest probability at each pixel, float (H, W)."""
@@ -904,7 +895,7 @@ class LDMSeg(nn.Module):
         small = small.long().to(self.device)
         picture = image_tensor(image, self.config.size)[None].to(self.device)
         logits = self.inpaint(picture, small, small != VOID, [(seed, 0)],
-                              steps or self.config.eval_steps, repeats)[0]
+                              steps or self.config.eval_steps)[0]
 
         # what is given comes back unchanged
         ids = resize_nearest(ids, size)

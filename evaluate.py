@@ -26,28 +26,32 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ldmseg import (
     SAMPLERS, CommandLine, PanopticQuality, UserError, evaluate, evaluation_batches, from_zero,
     is_main, open_dataset, progress, rank_and_world, read_coco, read_image, reading, require,
-    run_script, setup_distributed, start_script, write_json,
+    run_script, setup_distributed, start_script, whole_number, write_json,
 )  # fmt: skip
 
 
 def parse(argv):
-    parser = CommandLine(
-        __doc__, "--data --images --split --limit --json --weights --task --steps --sampler "
-        "--device --amp --seed --workers",
-        {"--data": dict(default="shapes"), "--steps": dict(nargs="+")})
-    parser.add("sampling", "--min-area", "drop smaller segments (default: the weights' own; stage "
-               "1: 0)", type=from_zero, metavar="PIXELS")
-    parser.add("data", "--gt", "compare files, no model: the truth", metavar="JSON")
-    parser.add("data", "--pred", "and the predictions", metavar="JSON")
-    parser.add("data", "--gt-dir", "the truth's PNGs (default: --gt without .json)", metavar="DIR")
-    parser.add("data", "--pred-dir", "the predictions' PNGs (default: --pred without .json)",
-               metavar="DIR")
-    parser.add("data", "--allow-missing", "segments of images without a prediction count as missed",
-               action="store_true")
-    parser.add("data", "--class-agnostic", "with --gt: all categories are one", action="store_true")
-    parser.add("data", "--per-class", "a row for each category, with --gt or for task panoptic",
-               action="store_true")
-    args = parser.parse_args(argv)
+    args = CommandLine(__doc__, "data model sampling machine", {
+        "data": {
+            "--data": dict(help="'shapes' (generated), a COCO-layout folder or a COCO JSON",
+                           default="shapes"),
+            "--json": dict(help="write the result to this file", metavar="OUT"),
+            "--gt": dict(help="compare files, no model: the truth", metavar="JSON"),
+            "--pred": dict(help="and the predictions", metavar="JSON"),
+            "--gt-dir": dict(help="the truth's PNGs (default: --gt without .json)", metavar="DIR"),
+            "--pred-dir": dict(help="the predictions' PNGs (default: --pred without .json)",
+                               metavar="DIR"),
+            "--allow-missing": dict(help="segments of images without a prediction count as missed",
+                                    action="store_true"),
+            "--class-agnostic": dict(help="with --gt: all categories are one", action="store_true"),
+            "--per-class": dict(help="a row for each category, with --gt or for task panoptic",
+                                action="store_true")},
+        "sampling": {
+            "--steps": dict(help="of denoising (default: the weights' own)", type=whole_number,
+                            nargs="+"),
+            "--min-area": dict(help="drop smaller segments (default: the weights' own; stage 1: 0)",
+                               type=from_zero, metavar="PIXELS")},
+    }).parse_args(argv)
     if (args.gt is None) != (args.pred is None) or args.gt and args.weights:
         raise UserError("expected --gt and --pred together, without --weights")
     if args.images and args.data == "shapes":

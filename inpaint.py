@@ -34,28 +34,28 @@ METHODS = ("completion", "nearest label", "without the mask")
 
 
 def parse(argv):
-    parser = CommandLine(
-        __doc__, "--data --images --split --limit --out --json --weights --steps --device --amp "
-        "--seed --workers", {
-            "--out": dict(default="runs/inpaint"),
+    args = CommandLine(__doc__, "data model machine", {
+        "data": {
             "--data": dict(help="the experiment, on 'shapes', a COCO-layout folder or a COCO JSON"),
-            "--json": dict(help="where the table goes (default: table.json in --out)")})
-    parser.add("data", "--image", "image to segment")
-    parser.add("data", "--mask", "its partial mask")
-    parser.add("sampling", "--variations", "completions to draw", type=whole_number, default=1)
-    parser.add("sampling", "--repeats", "passes over each timestep (Alg. 3: 1)", type=whole_number,
-               default=1)
-    parser.add("sampling", "--drop-rate", "shares of the blocks to drop", type=float, nargs="+",
-               default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="R")
-    parser.add("sampling", "--block", "block sizes, of the model's input (default: side / 32, ... "
-               "side / 2)", type=whole_number, nargs="+", metavar="PIXELS")
-    parser.add("sampling", "--strokes", "also a row with three strokes in each segment",
-               action="store_true")
-    args = parser.parse_args(argv)
+            "--image": dict(help="image to segment"),
+            "--mask": dict(help="its partial mask"),
+            "--out": dict(help="folder of the results", default="runs/inpaint"),
+            "--json": dict(help="where the table goes (default: table.json in --out)")},
+        "sampling": {
+            "--steps": dict(help="of denoising (default: the weights' own)", type=whole_number),
+            "--variations": dict(help="completions to draw", type=whole_number, default=1),
+            "--repeats": dict(help="passes over each timestep (Alg. 3: 1)", type=whole_number,
+                              default=1),
+            "--drop-rate": dict(help="shares of the blocks to drop", type=float, nargs="+",
+                                default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="R"),
+            "--block": dict(help="block sizes, of the model's input (default: side / 32, ... "
+                            "side / 2)", type=whole_number, nargs="+", metavar="PIXELS"),
+            "--strokes": dict(help="also a row with three strokes in each segment",
+                              action="store_true")},
+    }).parse_args(argv)
     if bool(args.data) == bool(args.image) or bool(args.image) != bool(args.mask):
         raise UserError("expected --image and --mask, or --data")
-    if args.images and not args.data:
-        raise UserError("--images goes with --data")
+    require(args.data or not args.images, "--images goes with --data")
     if not all(0 < rate < 1 for rate in args.drop_rate):
         raise UserError(f"--drop-rate {args.drop_rate}, expected rates between 0 and 1")
     return args
@@ -98,14 +98,11 @@ def complete_image(model, args, autocast):
     written = [Path(args.out, "panoptic", n).with_suffix(".png").resolve() for n in names]
     if Path(args.mask).resolve() in written:
         raise UserError(f"--out {args.out}: would overwrite {args.mask}; use another --out")
-    masks, segments, confidence = [], [], []
-    for variation in range(count):
-        with autocast():
-            ids, info, probability = model.complete(
-                image, given, args.steps, args.repeats, args.seed + variation, True)
-        masks.append(ids)
-        segments.append(info)
-        confidence.append(probability)
+    with autocast():
+        completed = [model.complete(
+            image, given, args.steps, args.repeats, args.seed + variation, True)
+                     for variation in range(count)]
+    masks, segments, confidence = zip(*completed)
     record = {"image": image, "file_name": name}
     write_panoptic_json(args.out, [
         write_panoptic(args.out, n, record | {"image_id": Path(n).stem}, mask, info)

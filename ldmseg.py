@@ -23,6 +23,7 @@ Images: float in [-1, 1]. In masks called `valid` or `known`, 1 means "counts" o
 """
 
 import argparse
+import atexit
 import colorsys
 import difflib
 import json
@@ -33,7 +34,7 @@ import struct
 import sys
 import zlib
 from collections import OrderedDict, defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from glob import iglob
@@ -53,7 +54,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from scipy.optimize import linear_sum_assignment
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.io import ImageReadMode, decode_png
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import Conv2dNormActivation
@@ -1506,22 +1507,19 @@ def whole_number(text, least=1):
     return int(text)
 
 from_zero = partial(whole_number, least=0)
-FLAGS = {  # the same word means the same in every script: group -> flag -> how it is read
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
     "data": {
-        "--data": dict(help="'shapes' (generated), a COCO-layout folder or a COCO JSON"),
         "--images": dict(help="a JSON's images; {split} as in --data", metavar="DIR"),
-        "--train-split": dict(help="default: the data's only train*"),
         "--split": dict(help="to evaluate (default: the data's only val*)"),
-        "--limit": dict(help="only the first N images", type=whole_number, metavar="N"),
-        "--out": dict(help="folder of the results"),
-        "--json": dict(help="write the result to this file", metavar="OUT")},
+        "--limit": dict(help="only the first N images", type=whole_number, metavar="N")},
     "model": {
-        "--weights": dict(help="run folder, weights file, or shipped: tiny, of generated scenes, "
-                          "the default for them; photos, the default for the rest"),
+        "--weights": dict(help="run folder, file, tiny (default for scenes) or photos (others)")},
+    "training": {
+        "--train-split": dict(help="default: the data's only train*"),
         "--preset": dict(help="where the Config starts", choices=PRESETS, default="tiny"),
         "--set": dict(help="Config fields, listed below", metavar="FIELD=VALUE", nargs="+",
-                      action="extend", default=[])},
-    "training": {
+                      action="extend", default=[]),
         "--accumulate": dict(help="micro-batches per step", type=whole_number, default=1),
         "--eval-every": dict(help="steps between evaluations", type=whole_number, default=500),
         "--fresh": dict(help="start over in an existing run folder", action="store_true")},
@@ -1531,55 +1529,51 @@ FLAGS = {  # the same word means the same in every script: group -> flag -> how 
         "--task": dict(help="default: what the weights know", choices=("panoptic", *TASKS))},
     "machine": {
         "--device": dict(help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)"),
-        "--amp": dict(help="default: bf16 on cuda, else off", choices=("bf16", "fp16", "off")),
+        "--amp": dict(help="default: bf16 on cuda, else off", choices=AMP),
         "--seed": dict(help="of everything random", type=from_zero, default=0),
         "--workers": dict(help="processes that load data", type=from_zero,
                           default=min(8, (os.cpu_count() or 1) // 2))},
 }
-STAGE_FIELDS = {  # what --set may change: {stage: {name: field of Config}}
-    stage: {f.name: f for f in fields(Config) if f.metadata["stage"] in (stage, "both")}
-    for stage in ("ae", "ldm")}
-DIVERGED = "stopped, the last checkpoint is kept; try a lower ae_lr or ldm_lr"
 
 class CommandLine(argparse.ArgumentParser):
-    """A script's command line: `flags`, or groups, of FLAGS, with `changes` {flag: options}."""
+    """A script's flags: the groups of FLAGS that `shared` names, and `own`, in its form."""
 
-    def __init__(self, description, flags, changes, epilog=None):
+    def __init__(self, description, shared, own, epilog=None):
         super().__init__(description=description, epilog=epilog, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.groups = {}
-        for group, known in FLAGS.items():
-            self.groups[group] = self.add_argument_group(group)
-            for flag, options in known.items():
-                if flag in flags.split() or group in flags.split():
-                    self.add(group, flag, **options | changes.get(flag, {}))
-
-    def add(self, group, flag, help, **options):
-        if options.get("default") not in (None, [], False):
-            help += " (default: %(default)s)"
-        self.groups[group].add_argument(flag, help=help, **options)
+        for title, known in FLAGS.items():
+            group, flags = self.add_argument_group(title), known if title in shared else {}
+            for flag, options in (flags | own.get(title, {})).items():
+                if options.get("default") not in (None, []):
+                    options = options | {"help": options["help"] + " (default: %(default)s)"}
+                group.add_argument(flag, **options)
 
     def error(self, message):
         raise UserError(f"{message}; -h lists the flags")
 
-def training_command(description, stage):
-    """The CommandLine of a training script; -h lists the fields of its stage as typed."""
-    lines = ["fields of --set, with the values of --preset tiny:"]
-    for name, f in STAGE_FIELDS[stage].items():
+def stage_fields(stage):  # what --set may change: {name: field of Config}
+    return {f.name: f for f in fields(Config) if f.metadata["stage"] in (stage, "both")}
+
+def training_command(description, stage, model_flags):
+    """The CommandLine of a training script; -h lists its fields of Config as typed."""
+    lines = ["fields of --set, with the values of --preset tiny, and what is allowed:"]
+    for name, f in stage_fields(stage).items():
         value = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        lines.append(f"  {f'{name}={value}':34} {f.metadata['help']}")
-    flags = "--data --images --train-split --split --limit --out --preset --set training machine"
-    parser = CommandLine(description, flags, {
-        "--data": dict(nargs="+", default=["shapes"]), "--out": dict(default=f"runs/{stage}")},
-        "\n".join(lines))
-    for flag, name in ("--steps", f"{stage}_steps"), ("--batch-size", f"{stage}_batch"):
-        parser.add("training", flag, f"the same as --set {name}=N", metavar="N", dest="set",
-                   type=f"{name}={{}}".format, action="append")
-    return parser
+        between, allowed = ", " if f.type is str else " to ", f.metadata["allowed"] or ["any"]
+        allowed = between.join(map(str, allowed))
+        lines.append(f"  {f'{name}={value}':34} {f.metadata['help']} ({allowed})")
+    data = {"--data": dict(help="shapes (generated), COCO-layout folders or COCO JSONs",
+                           nargs="+", default=["shapes"]),
+            "--out": dict(help="run folder", default=f"runs/{stage}")}
+    sizes = {flag: dict(help=f"the same as --set {name}=N", metavar="N", dest="set",
+                        type=f"{name}={{}}".format, action="append")
+             for flag, name in (("--steps", f"{stage}_steps"), ("--batch-size", f"{stage}_batch"))}
+    own = {"data": data, "model": model_flags, "training": sizes}
+    return CommandLine(description, "data training machine", own, "\n".join(lines))
 
 def override(config, assignments, stage):
     """Change fields of `config` by ["FIELD=VALUE", ...]; tuples are comma-separated."""
-    known, changes = STAGE_FIELDS[stage], {}
+    known, changes = stage_fields(stage), {}
     for assignment in assignments:
         name, _, text = assignment.partition("=")
         near = difflib.get_close_matches(name, known, 1) or ["one that -h lists"]
@@ -1612,21 +1606,18 @@ def run_script(main):
     except KeyboardInterrupt as interrupt:
         print(f"interrupted {interrupt}", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 # ---- 15. Devices and ranks, optimizer --------------------------------------------------
+
+DIVERGED = "stopped, the last checkpoint is kept; try a lower ae_lr or ldm_lr"
 
 def setup_distributed(device=None, amp=None):
     """Join torchrun's process group -> device, function that makes an autocast context."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
+    with reading(f"--device {device}", "device"):
         device = torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
     on_gpu = device.type == "cuda"
     amp = amp or ("bf16" if on_gpu else "off")
     require(amp != "fp16" or on_gpu, "--amp fp16 needs cuda; on cpu use bf16 or off")
@@ -1635,37 +1626,31 @@ def setup_distributed(device=None, amp=None):
         torch.backends.cuda.matmul.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    return device, partial(torch.autocast, device.type, dtype, enabled=amp != "off")
+        atexit.register(dist.destroy_process_group)
+    return device, partial(torch.autocast, device.type, AMP[amp], enabled=amp != "off")
 
 def distribute(model):
     """What a training loop calls: under torchrun DDP's, else the model itself."""
     options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
     return DistributedDataParallel(model, **options) if dist.is_initialized() else model
 
-def progress(iterable, description, **options):
-    hidden = not (is_main() and sys.stderr.isatty())
-    return tqdm(iterable, description, leave=False, disable=hidden, **options)
+def progress(iterable, description, **options):  # None: hidden where there is no terminal
+    return tqdm(iterable, description, leave=False, disable=None if is_main() else True, **options)
 
 def training_steps(start, stop, description):
     """Yields (step, caught): the first Ctrl-C or SIGTERM only joins the list `caught`, so
     that no step is cut in two; the next one does what it always does."""
-    caught, before = [], {}
-
-    def catch(number, _):
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    try:
+    caught = []
+    with ExitStack() as handlers:
+        def catch(number, _):
+            caught.append(number)
+            handlers.close()  # back to those from before
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, catch)
+            handlers.callback(signal.signal, number, signal.signal(number, catch))
         for step in progress(range(start, stop), description, total=stop, initial=start):
             yield step, caught
-        if caught:
-            raise KeyboardInterrupt("after the last step")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt("after the last step")
 
 def any_rank(value, device):
     return bool(sum_over_ranks(torch.tensor(float(bool(value)), device=device)))
@@ -1692,9 +1677,8 @@ def learning_rate(step, steps, peak, config):
 def make_ema(model, decay):
     """Exponential moving average of the weights (Table S3). NOTE: paper: decay 0.999; here
     it warms up as (1 + n) / (10 + n), because short runs would average their start."""
-    def update(averages, weights, updates):
-        n = float(updates)
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
+    def update(averages, weights, n):
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, float((1 + n) / (10 + n))))
 
     ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
     for average, weight in zip(ema.module.parameters(), model.parameters()):
@@ -1704,9 +1688,9 @@ def make_ema(model, decay):
 
 def means(batches):
     """Of [{"loss": scalar, ...}, ...] over batches and ranks. UserError where not finite."""
-    sums = torch.stack([sum(batch[name] for batch in batches) for name in batches[0]])
-    averages = sum_over_ranks(sums / len(batches) / rank_and_world()[1])
-    result = dict(zip(batches[0], averages.tolist()))
+    _, world = rank_and_world()
+    result = {name: sum_over_ranks(values.mean() / world).item()
+              for name, values in default_collate(batches).items()}
     require(math.isfinite(result["loss"]), f"loss is {result['loss']}: {DIVERGED}")
     return result
 
@@ -1720,6 +1704,9 @@ OFFICIAL_PARTS = {"vae": "", "vae_semseg": "autoencoder.", "unet": "unet.",
                   "vae_image": "image_encoder.layers."}  # the authors' parts -> our prefixes
 OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1",  # and the names of an old diffusers
                 "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# of flags and Config, what a resumed run may change
+FREE = """accumulate amp device eval_every fresh limit out set split workers
+          ae_steps ldm_steps eval_steps sampling_power checkpointing compile zero""".split()
 
 @contextmanager
 def replacing(path):
@@ -1736,12 +1723,10 @@ def write_json(path, value):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))
 
-def log_line(out, **values):
-    """Append one JSON object to log.jsonl and print it, on rank 0."""
+def log_line(log, **values):
+    """Append one JSON object to the file `log`, of `open_log`, and print it, on rank 0."""
     if is_main():
-        Path(out).mkdir(parents=True, exist_ok=True)
-        with open(Path(out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(values) + "\n")
+        print(json.dumps(values), file=log, flush=True)
         print("  ".join(f"{k} {v:.6g}" for k, v in values.items()), flush=True)
 
 def save_weights(path, model, config, facts="", dtype=torch.float32):
@@ -1766,25 +1751,20 @@ def save_run(out, step, config, settings, state):
             torch.save(content | {"step": step, "settings": settings}, temporary)
 
 def resume_run(args, config, state, steps):
-    """Load checkpoint.pt into `state`, {name: module, ...}; --fresh deletes it. Returns its
-    step, or 0, and the settings that a resumed run must share: Config and some flags."""
-    path, shared = Path(args.out, "checkpoint.pt"), "data images train_split seed ae sd"
-    settings = asdict(config) | {k: v for k, v in vars(args).items() if k in shared.split()}
+    """Load checkpoint.pt, unless --fresh, into `state`, {name: module, ...}. Returns its step,
+    or 0, and the settings that a resumed run must share."""
+    path = Path(args.out, "checkpoint.pt")
+    settings = {k: v for k, v in (vars(args) | asdict(config)).items() if k not in FREE}
     everywhere = any_rank(path.exists(), next(state["model"].parameters()).device)
     require(path.exists() == everywhere, f"{args.out}: only some processes see its checkpoint")
     if args.fresh or not path.exists():
-        for old in ("log.jsonl", "checkpoint.pt") if is_main() else ():
-            Path(args.out, old).unlink(missing_ok=True)
         return 0, settings
     with reading(path, "checkpoint; --fresh starts over"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         stored, step = checkpoint["settings"], checkpoint["step"]
-    free = {"ae_steps", "ldm_steps", "eval_steps", "sampling_power", "checkpointing", "compile",
-            "zero"}
-    for name in sorted(settings.keys() - free):
-        ours, theirs = settings[name], stored.get(name)
-        require(ours == theirs, f"{args.out}: its run has {name} {theirs}, this command "
-                f"{ours}; use the same, another --out, or --fresh")
+    for name, ours in sorted(settings.items()):
+        require(ours == stored.get(name), f"{args.out}: its run has {name} {stored.get(name)}, "
+                f"this command {ours}; use the same, another --out, or --fresh")
     for name, part in state.items():
         if checkpoint[name]:  # a scaler that was off has no state
             part.load_state_dict(checkpoint[name])
@@ -1793,12 +1773,33 @@ def resume_run(args, config, state, steps):
               f"{args.out}: resuming from step {step}")
     return step, settings
 
+def open_log(args, start, device):
+    """log.jsonl of the run folder, on rank 0, which locks the folder while it is open; --fresh
+    starts over. UserError where another process trains, or would replace a run."""
+    import fcntl  # not on Windows
+    log, problem = None, ""
+    if is_main():
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        log = open(f"{args.out}/log.jsonl", "a")
+        full = log.tell() or Path(args.out, "model.safetensors").exists()
+        if full and not start and not args.fresh:
+            problem = "has a run without checkpoint.pt; use another --out, or --fresh"
+        try:
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = "another process trains in this folder"
+    require(not any_rank(problem, device), f"{args.out}: {problem or 'refused by rank 0'}")
+    if is_main() and args.fresh:
+        log.truncate(0)
+        Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
+    return log
+
 def convert_official(content, unet_config=None):
     """Config and tensors, in our names, of the authors' {part: {key: tensor}}: "vae", or
     "vae_semseg", "unet", "vae_image". unet_config: of the UNet, in diffusers' names."""
     tensors = {}
-    for part in OFFICIAL_PARTS.keys() & content.keys():
-        for key, tensor in content[part].items():
+    for part, prefix in OFFICIAL_PARTS.items():
+        for key, tensor in content.get(part, {}).items():
             words = key.removeprefix("module.").split(".")
             if part == "vae_image":
                 words = [OFFICIAL_VAE.get(word, word) for word in words]
@@ -1806,11 +1807,11 @@ def convert_official(content, unet_config=None):
                 place, identity = int(words[1]), {"encoder": 12, "decoder": 1}[words[0]]
                 words[1] = str(place - (place > identity))
             if words[0] != "post_quant_conv":  # the decoder's, which is not there
-                tensors[OFFICIAL_PARTS[part] + ".".join(words)] = tensor
+                tensors[prefix + ".".join(words)] = tensor
     config = replace(PRESETS["paper"], latents="gaussian", loss_weights="released")
     if "vae_image" in content:
-        block = "image_encoder.layers.0.down_blocks.{}.resnets.0.conv1.bias"
-        shape = SD_VAE | {"block_out_channels": [len(tensors[block.format(i)]) for i in range(4)]}
+        bias = "image_encoder.layers.0.down_blocks.{}.resnets.0.conv1.bias"
+        shape = SD_VAE | {"block_out_channels": [len(tensors[bias.format(i)]) for i in range(4)]}
         config = replace(config, encoder_json=json.dumps(shape))
     if unet_config:
         attention = tuple(int("Attn" in name) for name in unet_config["down_block_types"])
@@ -1822,43 +1823,44 @@ def convert_official(content, unet_config=None):
 
 def load_official(path, unet_config=None):
     """The authors' ae.pt -> MaskAutoencoder, ldmseg.pt -> LDMSeg, with "ema" as its UNet."""
-    with reading(path, "file of the authors (a run is given by its folder)"):
-        # their settings may be an EasyDict, read as a dict: nothing is imported or run
-        with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+    # their settings may be an EasyDict, read as a dict: nothing is imported or run
+    settings = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])
+    with reading(path, "file of the authors (a run is given by its folder)"), settings:
+        content = torch.load(path, map_location="cpu", weights_only=True)
         if content.get("ema"):
             content["unet"] = content["ema"]
         config, tensors = convert_official(content, unet_config)
         model = (LDMSeg if "unet" in content else MaskAutoencoder)(config)
         model.load_state_dict(tensors)
-        return model
+    model.facts = "of the authors"
+    return model
 
 def load_model(path="photos", device="cpu", kind=nn.Module):
     """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one of
     SHIPPED ("photos": photographs; "tiny": generated scenes) or the authors' .pt files;
-    `.config` is its Config, `.facts` a line about it. UserError unless it is a `kind`."""
+    `.config` is its Config, `.facts` a line about it. UserError unless a `kind`, and finite."""
     file = Path(path) if Path(path).exists() else SHIPPED.get(str(path), Path(path))
     file = file / "model.safetensors" if file.is_dir() else file
     if file.suffix == ".pt":
-        model, facts = load_official(file), "of the authors"
+        model = load_official(file)
     else:
         with reading(file, "weights file or run folder"), safe_open(file, "pt") as weights:
             about = json.loads(weights.metadata()["ldmseg"])
-            stored, facts = about["config"], about.get("facts", "")
-            # another version's may have other fields
-            known = [f for f in fields(Config) if f.name in stored]
-            values = {f.name: f.type(stored[f.name]) for f in known}
+            stored = about["config"]  # another version's may have other fields
+            values = {f.name: f.type(stored[f.name]) for f in fields(Config) if f.name in stored}
             config = replace(PRESETS[stored["preset"]], **values)
             model = (LDMSeg if about["model"] == "LDMSeg" else MaskAutoencoder)(config)
+            model.facts = about.get("facts", "")
             model.load_state_dict({k: weights.get_tensor(k).float() for k in weights.keys()})
-    ours, wanted = type(model).__name__, kind.__name__
-    require(isinstance(model, kind), f"{path}: a {ours}, expected a {wanted}")
-    model.facts = facts
+    for name, tensor in model.state_dict().items():
+        require(tensor.isfinite().all(), f"{path}: {name} has values that are not finite")
+    ours = type(model).__name__
+    require(isinstance(model, kind), f"{path}: a {ours}, expected a {kind.__name__}")
     return model.to(device, memory_format=torch.channels_last).eval()
 
 def start_script(args, kind=nn.Module, scenes=True):
-    """The model of --weights, by default the shipped one of generated scenes or photographs,
-    its device, and what makes an autocast context. Says which weights."""
+    """The model of --weights, by default a shipped one, its device, and what makes an autocast
+    context. Says which weights. scenes: generated ones are the default, not photographs."""
     device, autocast = setup_distributed(args.device, args.amp)
     path = Path(args.weights or SHIPPED["tiny" if scenes else "photos"])
     model, log = load_model(path, device, kind), path / "log.jsonl"
@@ -1874,23 +1876,22 @@ def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None):
     """This rank's share of the first `limit` images in batches: records, and {"image",
     "ids", ..., "noise"} of them; noise and ids depend on seed and image id only."""
     rank, world = rank_and_world()
-    indices = range(rank, min(len(dataset), limit or len(dataset)), world)
+    indices = range(len(dataset))[:limit][rank::world]
     size = min(16, max(1, 2**20 // config.size**2))
     loader = DataLoader(Subset(dataset, indices), size, num_workers=workers, collate_fn=list)
     for records in progress(loader, "predicting"):
         noise = [(seed, record["image_id"]) for record in records]
         generators = [random_generator(seed, "sample", id) for _, id in noise]
         samples = [prepare(r, config, g, False) for r, g in zip(records, generators)]
-        batch = {k: torch.stack([s[k] for s in samples]).to(device) for k in samples[0]}
+        batch = {k: v.to(device) for k, v in default_collate(samples).items()}
         yield records, batch | {"noise": noise}
 
 @torch.no_grad()
 def evaluate(predict, tasks, dataset, config, device, pictures=0, **options):
     """{task: metric's result} over a data set, untouched, and all ranks; (record, {task: map})
     of the first `pictures` images. predict: a batch -> {task: outputs (B, ...)}."""
-    metrics = {task: PanopticQuality(dataset.categories, task == "instance") for task in tasks}
-    if "depth" in tasks:
-        metrics["depth"] = DepthQuality()
+    metrics = {task: DepthQuality() if task == "depth" else
+               PanopticQuality(dataset.categories, task == "instance") for task in tasks}
     shown = []
     for records, batch in evaluation_batches(dataset, config, device, **options):
         outputs = predict(batch)

@@ -43,14 +43,12 @@ class ImageFiles(list):
 
 
 def parse(argv):
-    parser = CommandLine(
-        __doc__, "--data --images --split --limit --out --weights --task --steps --sampler "
-        "--device --amp --seed --workers",
-        {"--out": dict(default="runs/sample"),
-         "--data": dict(help="segment a split of 'shapes', a COCO-layout folder or a COCO JSON")})
-    parser.add("data", "paths", "image files, folders of them, quoted patterns (default: eight "
-               "generated scenes)", nargs="*", metavar="IMAGE")
-    args = parser.parse_args(argv)
+    args = CommandLine(__doc__, "data model sampling machine", {"data": {
+        "--data": dict(help="segment a split of 'shapes', a COCO-layout folder or a COCO JSON"),
+        "paths": dict(help="image files, folders of them, quoted patterns (default: eight "
+                      "generated scenes)", nargs="*", metavar="IMAGE"),
+        "--out": dict(help="folder of the results", default="runs/sample"),
+    }}).parse_args(argv)
     if args.paths and args.data or args.images and not args.data:
         raise UserError("expected image files, or --data, with which --images goes")
     return args

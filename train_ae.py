@@ -20,9 +20,9 @@ from torch.nn.utils import clip_grad_norm_
 from ldmseg import (
     DIVERGED, PRESETS, MaskAutoencoder, PanopticQuality, TrainingStream, ae_loss, any_rank,
     colorize, distribute, evaluate, gaussian_latents, global_mean_count, is_main, learning_rate,
-    log_line, make_ema, make_optimizer, means, open_training_data, override, postprocess,
-    random_generator, require, resume_run, run_script, save_grid, save_run, segments_of,
-    setup_distributed, training_command, training_loader, training_steps,
+    log_line, make_ema, make_optimizer, means, open_log, open_training_data, override,
+    postprocess, random_generator, require, resume_run, run_script, save_grid, save_run,
+    segments_of, setup_distributed, training_command, training_loader, training_steps,
 )  # fmt: skip
 
 
@@ -96,9 +96,9 @@ def score(autoencoder, val, config, device, args):
 
 
 def parse(argv):
-    parser = training_command(__doc__, "ae")
-    parser.add("model", "--target", "what to compress; depth goes to runs/ae_depth", default="ids",
-               choices=("ids", "depth"))
+    parser = training_command(__doc__, "ae", {
+        "--target": dict(help="what to compress; depth goes to runs/ae_depth", default="ids",
+                         choices=("ids", "depth"))})
     args = parser.parse_args(argv)
     if args.target == "depth" and args.out == parser.get_default("out"):
         args.out += "_depth"
@@ -121,6 +121,7 @@ def main(argv=None):
     if start >= steps:
         return
     loader = training_loader(stream, config.ae_batch, args.accumulate, start, steps, args.workers)
+    log = open_log(args, start, device)
     net, history, batches = distribute(model), [], iter(loader)
     for step, interrupts in training_steps(start, steps, "stage 1"):
         for micro in range(1, args.accumulate + 1):
@@ -150,7 +151,7 @@ def main(argv=None):
         done, stopping = step + 1, any_rank(interrupts, device)
         evaluating = done % args.eval_every == 0 or done == steps
         if done % 50 == 0 or evaluating:
-            log_line(args.out, step=done, lr=lr, **means(history))
+            log_line(log, step=done, lr=lr, **means(history))
             history.clear()
         if evaluating or stopping:
             averaged = ema.module.eval()
@@ -161,7 +162,7 @@ def main(argv=None):
             raise KeyboardInterrupt(f"at step {done}, saved in {args.out}: same command goes on")
         if evaluating:
             scores, rows = score(averaged, val, config, device, args)
-            log_line(args.out, step=done, **scores, latent_std=std)
+            log_line(log, step=done, **scores, latent_std=std)
             if is_main():
                 save_grid(f"{args.out}/step{done:06d}.png", ["truth", "reconstruction"], rows)
 

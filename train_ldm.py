@@ -16,53 +16,40 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
     IMAGE_ENCODERS, PRESETS, SD_VAE, SHIPPED, TASKS, LDMSeg, NoiseSchedule, TrainingStream,
-    UserError, any_rank, colorize, distribute, evaluate, gaussian_latents, is_main,
-    learning_rate, load_model, log_line, make_ema, make_optimizer, means, open_training_data,
-    override, random_generator, reading, require, resume_run, run_script, save_grid, save_run,
-    setup_distributed, training_command, training_loader, training_steps,
+    any_rank, colorize, distribute, evaluate, gaussian_latents, is_main,
+    learning_rate, load_model, log_line, make_ema, make_optimizer, means, open_log,
+    open_training_data, override, random_generator, reading, require, resume_run, run_script,
+    save_grid, save_run, setup_distributed, training_command, training_loader, training_steps,
 )  # fmt: skip
 
 
 def parse(argv):
-    parser = training_command(__doc__, "ldm")
-    add = partial(parser.add, "model")
-    add("--ae", "stage 1's run, for task depth another, or the authors' ae.pt (default: "
-        "that of a run in --sd, runs/ae if there, else tiny; runs/ae_depth)", nargs="+",
-        metavar="RUN")
-    add("--tasks", "to learn, told apart by an embedding (default: instance, without one)",
-        nargs="+", choices=TASKS, default=[])
-    add("--sd", "start from Stable Diffusion v1 (folder or hub id; preset paper: CompVis/"
-        "stable-diffusion-v1-4), a run of this script or photos, tiny (then --set starts at its "
-        "Config, not at --preset; any tasks), or none: random weights", metavar="RUN_OR_ID")
-    add("--image-encoder", "patch: a small stem, trained; pretrained and frozen: sd; dinov2, "
-        "of --set dinov2; lite0, of photos (default: preset paper sd, else patch)",
-        choices=IMAGE_ENCODERS)
-    args = parser.parse_args(argv)
+    args = training_command(__doc__, "ldm", {
+        "--ae": dict(nargs="+", metavar="RUN", help="stage 1's run, for task depth another, or "
+                     "ae.pt (default: --sd's, runs/ae if there, else tiny; runs/ae_depth)"),
+        "--tasks": dict(nargs="+", choices=TASKS, default=[], help="to learn, told apart by an "
+                        "embedding (default: instance, without one)"),
+        "--sd": dict(metavar="RUN_OR_ID", help="start from a folder or hub id of Stable Diffusion "
+                     "v1 (default of preset paper), or a run, photos or tiny (--set then changes "
+                     "its Config, not that of --preset), or none: random weights"),
+        "--image-encoder": dict(choices=IMAGE_ENCODERS, help="patch: small, trained; pretrained, "
+                                "frozen: sd; dinov2, of --set dinov2; lite0, of photos (default: "
+                                "preset paper sd, else patch)")}).parse_args(argv)
     args.sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
     return args
 
 
-# ---- where training starts ----
-
-
-def run_of(sd):
-    """The run of --sd or one of SHIPPED, an LDMSeg; None where it is neither."""
-    is_run = sd in SHIPPED or sd.endswith(".safetensors") or Path(sd, "model.safetensors").exists()
-    return load_model(sd, kind=LDMSeg) if is_run else None
-
-
-def inherit_autoencoders(args):
-    """The trained autoencoders of --ae, of ids and, for task depth, of depth; the Config, that
-    of a run in --sd or of --preset, with their codes, shape and scales."""
-    config, paths = PRESETS[args.preset], args.ae
-    if run := run_of(args.sd):  # not what belongs to its tasks and autoencoders
-        config, paths = run.config, paths or [args.sd]
-        config = replace(config, tasks=(), categories="", mask_scale=0.0, depth_scale=0.0)
+def load_parts(args):
+    """The run of --sd, None if it is none; the trained autoencoders of --ae, of ids and, for task
+    depth, of depth; the Config, that of the run or --preset, with their codes and scales."""
+    config, paths, run = PRESETS[args.preset], args.ae, None
+    is_run = args.sd in SHIPPED or Path(args.sd, "model.safetensors").exists()
+    if is_run or args.sd.endswith(".safetensors"):
+        run, paths = load_model(args.sd, kind=LDMSeg), paths or [args.sd]
+        config = replace(run.config, tasks=(), categories="", mask_scale=0.0, depth_scale=0.0)
     if args.image_encoder not in (None, config.image_encoder):  # 0: its own scale
         config = replace(config, image_encoder=args.image_encoder, image_scale=0.0)
     config = replace(override(config, args.set, "ldm"), tasks=tuple(args.tasks))
@@ -70,32 +57,29 @@ def inherit_autoencoders(args):
     if config.needs_depth and len(paths) == 1:
         paths = [*paths, "runs/ae_depth"]
     require(len(paths) == 1 + config.needs_depth, f"--ae: {len(paths)} runs for these tasks")
+    args.ae = paths  # a resumed run has the same
+    models = [run if run and path == args.sd else load_model(path) for path in paths]
+    models = [getattr(model, "autoencoder", model) for model in models]  # of either stage
     if is_main():
         print("autoencoder:", *paths)
-    args.ae = list(map(str, paths))  # a resumed run has the same
-    models = [getattr(m, "autoencoder", m) for m in map(load_model, paths)]  # of either stage
-    names = ("bits", "codes", "latents", "latent_channels", "ae_widths")
-    config = replace(config, **{name: getattr(models[0].config, name) for name in names})
+    config = replace(config, **{name: getattr(models[0].config, name) for name in (
+        "bits", "codes", "latents", "latent_channels", "ae_widths")})
     for path, model, target in zip(paths, models, ("ids", "depth")):
         theirs, scale = model.config, "mask_scale" if target == "ids" else "depth_scale"
         measured = theirs.mask_scale * config.mask_std / theirs.mask_std
         config = replace(config, **{scale: getattr(config, scale) or measured})
         require((theirs.target, theirs.size) == (target, config.size), f"--ae {path}: of "
                 f"{theirs.target} at {theirs.size} pixels, expected {target} at {config.size}")
-    return models, config
+    return run, models, config
 
 
 def from_pretrained(kind, path, subfolder=""):
     """A diffusers or transformers model of class `kind` from a folder or the hub."""
-    try:  # quiet without accelerate
-        options = dict(subfolder=subfolder, low_cpu_mem_usage=False)
-        model, info = kind.from_pretrained(path, output_loading_info=True, **options)
-    except Exception as error:  # whatever these libraries raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: no {subfolder or kind.__name__} in this folder or hub id "
-                        f"({reason})") from None
-    if missing := set(info["missing_keys"]) - {"embeddings.mask_token"}:
-        raise UserError(f"{path}: lacks {len(missing)} weights, the first {min(missing)}")
+    with reading(path, f"{subfolder or kind.__name__} in a folder or hub id"):
+        model, info = kind.from_pretrained(path, subfolder=subfolder, output_loading_info=True,
+                                           low_cpu_mem_usage=False)  # quiet without accelerate
+        missing = set(info["missing_keys"]) - {"embeddings.mask_token"}
+        require(not missing, f"lacks {len(missing)} weights, the first {min(missing, default=0)}")
     return model
 
 
@@ -106,38 +90,40 @@ def load_sd_unet(unet, path):
     from diffusers import UNet2DConditionModel
     tensors = from_pretrained(UNet2DConditionModel, path, "unet").state_dict()
     kernel, channels = tensors["conv_in.weight"], unet.config.out_channels
-    others = unet.config.in_channels - channels
-    tensors["conv_in.weight"] = F.pad(kernel, (0, 0, 0, 0, 0, others))
+    padding = (0, 0, 0, 0, 0, unet.config.in_channels - channels)
+    tensors["conv_in.weight"] = torch.nn.functional.pad(kernel, padding)
     with reading(path, "UNet of Stable Diffusion v1, which the paper's preset expects"):
         require(kernel.shape[1] == channels, f"{kernel.shape[1]} inputs, expected {channels}")
         unet.load_state_dict({name: tensors[name] for name in unet.state_dict()})
 
 
 def pretrained_encoder(config, sd):
-    """The weights of an image encoder's `layers`, None if it comes without, and `config` with
-    its architecture. sd: a folder or hub id of Stable Diffusion, or "none": its architecture
-    with random weights."""
+    """The weights of an image encoder's `layers`, None where none are pretrained, and `config`
+    with its architecture. sd: as --sd, a folder or hub id, or "none"."""
+    weights, shape = None, ""
     if config.image_encoder == "dinov2":
         from transformers import Dinov2Model
         model = from_pretrained(Dinov2Model, config.dinov2)
-        shape = model.config.to_json_string()
-        return model.state_dict(), replace(config, encoder_json=shape)
-    if config.image_encoder == "lite0":
-        return load_model(SHIPPED["photos"]).image_encoder.layers.state_dict(), config
-    if config.image_encoder != "sd":
-        return None, config
-    if sd == "none":
-        return None, replace(config, encoder_json=json.dumps(SD_VAE))
-    from diffusers import AutoencoderKL
-    vae = from_pretrained(AutoencoderKL, sd, "vae")
-    shape = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    weights = torch.nn.Sequential(vae.encoder, vae.quant_conv).state_dict()
-    return weights, replace(config, encoder_json=json.dumps(shape))
+        weights, shape = model.state_dict(), model.config.to_json_string()
+    elif config.image_encoder == "lite0":
+        weights = load_model("photos").image_encoder.layers.state_dict()
+    elif config.image_encoder == "sd" and sd == "none":
+        shape = json.dumps(SD_VAE)
+    elif config.image_encoder == "sd":
+        from diffusers import AutoencoderKL
+        vae = from_pretrained(AutoencoderKL, sd, "vae")
+        weights = torch.nn.Sequential(vae.encoder, vae.quant_conv).state_dict()
+        shape = json.dumps({k: v for k, v in vae.config.items() if not k.startswith("_")})
+    return weights, replace(config, encoder_json=shape)
 
 
 def start_from(run, model):
     """Copy a run's image encoder, UNet, and embeddings of the tasks it knows. New cross-
     attention adds nothing at first: the output is the run's."""
+    for name in ("prediction task_width image_encoder image_scale stem_widths "
+                 "unet_widths unet_attention unet_layers unet_heads").split():
+        theirs, ours = getattr(run.config, name), getattr(model.config, name)
+        require(theirs == ours, f"--sd: the {name} of this run is {theirs}, expected {ours}")
     theirs, ours = run.state_dict(), model.state_dict()
     for name, tensor in ours.items():
         if name in theirs and not name.startswith("task_embedding"):
@@ -150,16 +136,9 @@ def start_from(run, model):
             ours["task_embedding.weight"][row] = theirs["task_embedding.weight"][place]
 
 
-def build_model(config, autoencoders, sd):
-    """LDMSeg with the trained autoencoders, and the weights that `sd` names."""
-    run, encoder_weights = run_of(sd), None
-    if run:
-        for name in ("prediction task_width image_encoder image_scale stem_widths "
-                     "unet_widths unet_attention unet_layers unet_heads").split():
-            theirs, ours = getattr(run.config, name), getattr(config, name)
-            require(theirs == ours, f"--sd {sd}: its {name} is {theirs}, expected {ours}")
-    else:
-        encoder_weights, config = pretrained_encoder(config, sd)
+def build_model(config, autoencoders, sd, run=None):
+    """LDMSeg with the trained autoencoders and the other weights of `run`, or what `sd` names."""
+    encoder_weights, config = (None, config) if run else pretrained_encoder(config, sd)
     model = LDMSeg(config)
     if encoder_weights:
         model.image_encoder.layers.load_state_dict(encoder_weights)
@@ -169,8 +148,8 @@ def build_model(config, autoencoders, sd):
         load_sd_unet(model.unet, sd)
     elif is_main() and (config.preset == "paper" or config.image_encoder == "sd"):
         print("--sd none: RANDOM weights of the UNet, and of the encoder sd, which STAYS so")
-    if sd != "none":
-        model.unet.time_embedding.requires_grad_(not config.freeze_time)
+    if config.freeze_time and sd != "none":
+        model.unet.time_embedding.requires_grad_(False)
     for name, autoencoder in zip(("autoencoder", "depth_autoencoder"), autoencoders):
         with reading("--ae", f"{name}; use the same --set for both"):
             getattr(model, name).load_state_dict(autoencoder.state_dict())
@@ -179,9 +158,6 @@ def build_model(config, autoencoders, sd):
     if config.compile:
         model.unet.compile()
     return model
-
-
-# ---- training ----
 
 
 def noise_and_timesteps(positions, config, seed, device):
@@ -215,15 +191,16 @@ def score(model, val, config, device, autocast, args):
 def main(argv=None):
     args = parse(argv)
     device, autocast = setup_distributed(args.device, args.amp)
-    autoencoders, config = inherit_autoencoders(args)
+    run, autoencoders, config = load_parts(args)
     train, val = open_training_data(args, config)
     if "semantic" in config.tasks:
         config = replace(config, categories=json.dumps(val.categories))
     stream = TrainingStream(train, config, args.seed)
 
     torch.manual_seed(args.seed)
-    model = build_model(config, autoencoders, args.sd)
+    model = build_model(config, autoencoders, args.sd, run)
     model = model.to(device, memory_format=torch.channels_last)
+    del run, autoencoders  # the model has copies
     config, steps = model.config, model.config.ldm_steps
     optimizer, ema = make_optimizer(model, config.ldm_lr, config), make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -232,6 +209,7 @@ def main(argv=None):
     if start >= steps:
         return
     loader = training_loader(stream, config.ldm_batch, args.accumulate, start, steps, args.workers)
+    log = open_log(args, start, device)
     net, history, batches = distribute(model), [], iter(loader)
     for step, interrupts in training_steps(start, steps, "stage 2"):
         # one coin per optimizer step, the same on all ranks
@@ -249,7 +227,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)
-        clip_grad_norm_(model.parameters(), config.ldm_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.ldm_clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -258,7 +236,7 @@ def main(argv=None):
         done, stopping = step + 1, any_rank(interrupts, device)
         evaluating = done % args.eval_every == 0 or done == steps
         if done % 50 == 0 or evaluating:
-            log_line(args.out, step=done, lr=lr, **means(history))
+            log_line(log, step=done, lr=lr, **means(history))
             history.clear()
         if evaluating or stopping:
             save_run(args.out, done, config, settings, state)
@@ -266,7 +244,7 @@ def main(argv=None):
             raise KeyboardInterrupt(f"at step {done}, saved in {args.out}: same command goes on")
         if evaluating:
             scores, rows = score(ema.module.eval(), val, config, device, autocast, args)
-            log_line(args.out, step=done, **scores, sampling_steps=config.eval_steps)
+            log_line(log, step=done, **scores, sampling_steps=config.eval_steps)
             titles = ["image", "truth", "autoencoder alone", *config.known_tasks]
             if is_main():
                 save_grid(f"{args.out}/step{done:06d}.png", titles, rows)

@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -229,6 +231,45 @@ def test_fresh_starts_over(command, tiny_run, tmp_path):
     train_ae.main(command("ae", again, "--fresh", "--seed", "5"))
     assert not equal_weights(again, tiny_run.ae)
     assert len((again / "log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "log.jsonl"])
+def test_a_run_without_a_checkpoint_is_replaced_only_by_fresh(
+        complaint, command, tiny_run, tmp_path, name):
+    shutil.copy(tiny_run.ae / name, tmp_path)
+    before = (tmp_path / name).read_bytes()
+    line = complaint(train_ae.main, *command("ae", tmp_path))
+    assert line.startswith(f"{tmp_path}: ") and "--fresh" in line
+    assert (tmp_path / name).read_bytes() == before
+    train_ae.main(command("ae", tmp_path, "--fresh"))
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_second_training_in_a_folder_stops_while_the_first_one_lives(
+        complaint, command, tiny_run, tmp_path):
+    """Both a new and a resumed one, also with --fresh; a killed process blocks none."""
+    run = shutil.copytree(tiny_run.ae, tmp_path / "run")
+    first = ("import fcntl, sys, time\nlog = open(sys.argv[1], 'a')\n"
+             "fcntl.lockf(log, fcntl.LOCK_EX)\nprint('locked', flush=True)\ntime.sleep(600)")
+    process = subprocess.Popen([sys.executable, "-c", first, str(run / "log.jsonl")],
+                               stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"locked\n"
+    for flags in (["--steps", "3"], ["--fresh"]):
+        line = complaint(train_ae.main, *command("ae", run, *flags))
+        assert line == f"{run}: another process trains in this folder"
+    assert equal_weights(run, tiny_run.ae)
+    process.kill()
+    process.communicate()
+    train_ae.main(command("ae", run, "--steps", "3"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tiny_run, tmp_path, value):
+    model = load_model(tiny_run.ae)
+    model.encoder[0].bias.data[3] = value
+    save_weights(tmp_path / "model.safetensors", model, model.config)
+    with pytest.raises(UserError, match=f"^{tmp_path}: encoder.0.bias has"):
+        load_model(tmp_path)
 
 
 def test_a_broken_checkpoint_is_named(complaint, command, tmp_path):

@@ -539,7 +539,7 @@ def test_stage_2_resumes_with_dinov2_which_does_not_change(data, tiny_run, dinov
 def test_a_folder_that_is_no_stable_diffusion_is_told_the_missing_file(
         sd_folder, tmp_path, there, missing):
     (tmp_path / there).symlink_to(sd_folder / there)
-    with pytest.raises(UserError, match=f"^{tmp_path}: no {missing} in this folder.*config.json"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: not a readable {missing} in a folder or hub id.*config.json"):
         sd_model(tmp_path)
 
 

@@ -334,7 +334,7 @@ def test_data_with_other_classes_than_the_weights_is_an_error(complaint, runs, d
     ("depth", "--ae {0.ae} {0.ldm}", "--ae {0.ldm}: of ids at 32 pixels, expected depth"),
     ("depth", "--ae {0.ae}", "runs/ae_depth: no such weights"),
     ("depth", "--data {2}", "{2}/train_depth/"),
-    ("depth", "--sd {0.ldm} --set unet_widths=32,64", "its unet_widths is (32, 32), expected ("),
+    ("depth", "--sd {0.ldm} --set unet_widths=32,64", "unet_widths of this run is (32, 32), expected ("),
     ("semantic", "--sd {0.ae}", "MaskAutoencoder, expected a LDMSeg")])
 def test_mistakes_in_tasks_and_starts_are_named(
         complaint, monkeypatch, runs, tiny_run, data, tmp_path, tasks, flags, message):
@@ -344,14 +344,13 @@ def test_mistakes_in_tasks_and_starts_are_named(
     assert message.format(runs, tiny_run, data) in line
 
 
-def test_several_tasks_that_start_from_a_run_without_any_give_its_output_at_first(tmp_path):
+def test_several_tasks_that_start_from_a_run_without_any_give_its_output_at_first():
     config = small_config()
     run = LDMSeg(config).eval()
     torch.nn.init.normal_(run.unet.conv_out.weight, std=0.3)  # of zero in a new one
-    save_weights(tmp_path / "model.safetensors", run, config)
     tasks = replace(config, tasks=("depth", "instance"), depth_scale=1.0)
     depth = MaskAutoencoder(replace(config, target="depth"))
-    model = train_ldm.build_model(tasks, [run.autoencoder, depth], str(tmp_path)).eval()
+    model = train_ldm.build_model(tasks, [run.autoencoder, depth], "run", run).eval()
     z, t, z_image = gaussian(2, 4, 4, 4), torch.tensor([3, 700]), gaussian(2, 16, 4, 4, seed=1)
     expected, _, _ = run.predict(z, z_image, z, t)
     output, _, _ = model.predict(z, z_image, z, t, torch.tensor([0, 1]))

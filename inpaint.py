@@ -19,15 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.format import read_array
 from PIL import Image
 from scipy import ndimage
 
 from ldmseg import (
     VOID, CommandLine, LDMSeg, PanopticQuality, UserError, align_ids, colorize, draw,
-    evaluation_batches, is_main, keep_blocks, open_dataset, random_generator, read_image, reading,
-    require, resize_nearest, rgb2id, run_script, save_grid, segments_of, start_script,
-    whole_number, write_json, write_panoptic, write_panoptic_json,
+    evaluation_batches, is_main, keep_blocks, keep_inputs, open_dataset, random_generator,
+    read_image, reading, require, resize_nearest, rgb2id, run_script, save_grid, segments_of,
+    start_script, whole_number, write_json, write_panoptic, write_panoptic_json,
 )  # fmt: skip
 
 METHODS = ("completion", "nearest label", "without the mask")
@@ -66,16 +65,19 @@ def parse(argv):
 
 @np.errstate(invalid="ignore")  # a float that is no int64 is found by comparing
 def read_mask(path):
-    """Partial mask, .npy or PNG -> int64 ids (H, W), 0 = unknown.
-
-    A palette's index is the id, a colour is R + 256 G + 65536 B. UserError names the file, also
-    where it does not look like ids.
-    """
-    with reading(path, "mask"), open(path, "rb") as file:
+    """Partial mask, .npy or PNG -> int64 ids (H, W), 0 = unknown, as transparent pixels are. A
+    palette's index is the id, a colour is R + 256 G + 65536 B. UserError where it has no ids."""
+    opaque = np.ones((1, 1), bool)
+    with reading(path, "mask"):
         if Path(path).suffix == ".npy":
-            values = read_array(file)
+            values = np.load(path, mmap_mode="r")  # whose header cannot ask for memory
         else:
-            image = Image.open(file)
+            image = Image.open(path)
+            require(image.format != "JPEG", "JPEG changes ids, expected PNG or .npy")
+            if "A" in image.getbands():
+                alpha = np.asarray(image.getchannel("A"))
+                opaque, image = alpha > 0, image.getchannel(0) if image.mode == "LA" else image
+                require(np.isin(alpha, (0, 255)).all(), "half transparent: antialiased?")
             plain = image.mode in ("1", "L", "P", "I", "I;16")
             values = np.asarray(image if plain else image.convert("RGB"))
         ids = (rgb2id(values) if values.ndim == 3 else values).astype(np.int64)
@@ -84,7 +86,14 @@ def read_mask(path):
     if not whole or ids.ndim != 2 or not 0 < count <= 2000 or low < 0 or high >= 2**24:
         raise UserError(f"{path}: {values.shape}, {count} values from {low} to {high}, expected "
                         "0 (unknown) and ids of segments, below 2^24; is it a picture?")
-    return ids
+
+    # thin ids, mostly between those beside them, come from antialiased edges
+    lowest, highest = ndimage.minimum_filter(ids, 3), ndimage.maximum_filter(ids, 3)
+    thin = np.setdiff1d(ids, ids[lowest == highest])
+    edges = [i for i in thin if np.mean((lowest < i) & (i < highest), where=ids == i) > 0.5]
+    require(len(edges) < 2, f"{path}: {len(edges)} ids, as {edges[0] if edges else 0}, are between "
+            "their neighbours' ids: antialiased? save it without")
+    return ids * opaque
 
 
 def complete_image(model, args, autocast):
@@ -95,9 +104,7 @@ def complete_image(model, args, autocast):
     require(abs(stretch - 1) < 0.02, f"{args.mask}: {given.shape} pixels, expected the aspect of "
             f"the image of {image.shape[:2]}")
     names = [f"{Path(name).stem}_{k + 1}" for k in range(count)] if count > 1 else [name]
-    written = [Path(args.out, "panoptic", n).with_suffix(".png").resolve() for n in names]
-    if Path(args.mask).resolve() in written:
-        raise UserError(f"--out {args.out}: would overwrite {args.mask}; use another --out")
+    keep_inputs(args.out, *(Path(file).parent for file in (args.image, args.mask)))
     with autocast():
         completed = [model.complete(
             image, given, args.steps, args.repeats, args.seed + variation, True)

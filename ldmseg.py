@@ -43,6 +43,7 @@ from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from tokenize import TokenError
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -148,6 +149,14 @@ class Config:
     def __post_init__(self):
         def check(name, fits, expected):
             require(fits, f"{name} is {getattr(self, name)!r}, expected {expected}")
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), f.metadata["allowed"]
+            values = value if f.type is tuple else (value,)
+            if allowed and isinstance(allowed[0], str):
+                check(f.name, set(values) <= set(allowed), f"one of {allowed}")
+            elif allowed:
+                fits = all(allowed[0] <= v <= allowed[1] for v in values)
+                check(f.name, fits, "{:g} to {:g}".format(*allowed))
         levels, classes = len(self.unet_widths), len(json.loads(self.categories or "[]"))
         cell = 4 * 2**levels  # pixels of a position at the UNet's lowest resolution
         check("size", self.size % cell == 0, f"a multiple of {cell}")
@@ -161,14 +170,6 @@ class Config:
         check("kl_weight", not self.kl_weight or self.latents == "gaussian", "latents=gaussian")
         check("bits", "semantic" not in self.tasks or classes < self.num_ids,
               f"{classes.bit_length()}, of stage 1, for {classes} classes and VOID")
-        for f in fields(self):
-            value, allowed = getattr(self, f.name), f.metadata["allowed"]
-            values = value if f.type is tuple else (value,)
-            if allowed and isinstance(allowed[0], str):
-                check(f.name, set(values) <= set(allowed), f"one of {allowed}")
-            elif allowed:
-                fits = all(allowed[0] <= v <= allowed[1] for v in values)
-                check(f.name, fits, "{:g} to {:g}".format(*allowed))
 
     num_ids = property(lambda self: 2**self.bits)
     needs_depth = property(lambda self: "depth" in (self.target, *self.tasks))
@@ -896,7 +897,7 @@ class LDMSeg(nn.Module):
                 for task in TASKS if task in wanted}
 
     def segment(self, image, steps=None, task=None, seed=0):
-        """image uint8 (H, W, 3) of any size -> ids int64 (H, W), 0 = VOID, and COCO's
+        """image uint8 (H, W, 3) of any size -> ids int32 (H, W), 0 = VOID, and COCO's
         segments_info, as `draw`. steps: of sampling, by default config.eval_steps; task: of
         config.known_tasks, by default the first."""
         task = self.config.task(task)
@@ -1186,7 +1187,7 @@ def reading(place, what):
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
             ArithmeticError, MemoryError, SyntaxError, TokenError, struct.error, zlib.error,
-            SafetensorError, UnpicklingError, Image.DecompressionBombError) as error:
+            SafetensorError, UnpicklingError, BadZipFile, Image.DecompressionBombError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         known = {UserError: error, FileNotFoundError: f"no such {what}",
                  UnpicklingError: "code in it would have to run, which is refused"}
@@ -1522,6 +1523,8 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
                       action="extend", default=[]),
         "--accumulate": dict(help="micro-batches per step", type=whole_number, default=1),
         "--eval-every": dict(help="steps between evaluations", type=whole_number, default=500),
+        "--on-bad-sample": dict(help="one that cannot be read stops the run, or is left out",
+                                choices=("error", "skip"), default="error"),
         "--fresh": dict(help="start over in an existing run folder", action="store_true")},
     "sampling": {
         "--steps": dict(help="of denoising (default: the weights' own)", type=whole_number),
@@ -1640,7 +1643,7 @@ def progress(iterable, description, **options):  # None: hidden where there is n
 def training_steps(start, stop, description):
     """Yields (step, caught): the first Ctrl-C or SIGTERM only joins the list `caught`, so
     that no step is cut in two; the next one does what it always does."""
-    caught = []
+    caught, launcher = [], os.getppid()
     with ExitStack() as handlers:
         def catch(number, _):
             caught.append(number)
@@ -1648,6 +1651,8 @@ def training_steps(start, stop, description):
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers.callback(signal.signal, number, signal.signal(number, catch))
         for step in progress(range(start, stop), description, total=stop, initial=start):
+            if "RANK" in os.environ and os.getppid() != launcher:
+                caught.append("torchrun, which was killed")
             yield step, caught
     if caught:
         raise KeyboardInterrupt("after the last step")
@@ -1665,6 +1670,23 @@ def make_optimizer(model, lr, config):
         from torch.distributed.optim import ZeroRedundancyOptimizer
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
+
+def update_weights(state, lr, max_norm):
+    """An optimizer step of `state` ("model", "optimizer", "scaler", "ema") and its averages.
+    Returns False where the gradients were not finite, on any rank, and nothing was changed."""
+    optimizer, scaler = state["optimizer"], state["scaler"]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(state["model"].parameters(), max_norm)
+    finite = bool(norm.isfinite())
+    if finite or scaler.is_enabled():  # which leaves them out itself
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if finite:
+        state["ema"].update_parameters(state["model"])
+    return finite
 
 def learning_rate(step, steps, peak, config):
     """Linear warm-up to `peak`, then constant or a cosine down to 1e-6."""
@@ -1687,12 +1709,16 @@ def make_ema(model, decay):
     return ema
 
 def means(batches):
-    """Of [{"loss": scalar, ...}, ...] over batches and ranks. UserError where not finite."""
+    """Of [{"loss": scalar, ...}, ...] over batches and ranks, of what is finite; "skipped":
+    how many, if any, were not."""
     _, world = rank_and_world()
-    result = {name: sum_over_ranks(values.mean() / world).item()
-              for name, values in default_collate(batches).items()}
-    require(math.isfinite(result["loss"]), f"loss is {result['loss']}: {DIVERGED}")
-    return result
+    batches = default_collate(batches)
+    finite = batches["loss"].isfinite()
+    result = {name: sum_over_ranks(values[finite].mean() / world).item()
+              for name, values in batches.items()}
+    result["skipped"] = sum_over_ranks((~finite).sum()).item()
+    return {name: value for name, value in result.items()
+            if math.isfinite(value) and (name != "skipped" or value)}
 
 # ---- 16. Run folders and weights -------------------------------------------------------
 
@@ -1705,19 +1731,39 @@ OFFICIAL_PARTS = {"vae": "", "vae_semseg": "autoencoder.", "unet": "unet.",
 OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1",  # and the names of an old diffusers
                 "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # of flags and Config, what a resumed run may change
-FREE = """accumulate amp device eval_every fresh limit out set split workers
+FREE = """accumulate amp device eval_every fresh limit on_bad_sample out set split workers
           ae_steps ldm_steps eval_steps sampling_power checkpointing compile zero""".split()
+
+def new_model(kind, config):
+    """LDMSeg or MaskAutoencoder, random. UserError where the machine's memory does not hold its
+    weights and the first layer's output for one mask."""
+    with torch.device("meta"):
+        values = sum(weights.numel() for weights in kind(config).parameters())
+    needed = 4 * (values + config.ae_widths[0] * config.size**2)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(needed < there, f"this Config needs {needed / 2**30:.0f} GiB for weights and one mask, "
+            f"expected at most the machine's {there / 2**30:.0f}; smaller size or widths?")
+    return kind(config)
+
+@contextmanager
+def writing(path):
+    """Context that only writes `path`: an error there, as a full disk, is the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: not written ({error})") from None
 
 @contextmanager
 def replacing(path):
     """Write to a temporary name, then rename: a file is whole or absent."""
     temporary = Path(path).with_name(f".{Path(path).name}.part")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 def write_json(path, value):
     with replacing(path) as temporary:
@@ -1726,13 +1772,22 @@ def write_json(path, value):
 def log_line(log, **values):
     """Append one JSON object to the file `log`, of `open_log`, and print it, on rank 0."""
     if is_main():
-        print(json.dumps(values), file=log, flush=True)
+        with writing(log.name):
+            print(json.dumps(values), file=log, flush=True)
         print("  ".join(f"{k} {v:.6g}" for k, v in values.items()), flush=True)
+
+def checksum(about, tensors):
+    """Of weights: of what is said about them, a dict, and {name: tensor}."""
+    result = zlib.crc32(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        result = zlib.crc32(tensor.numpy(), zlib.crc32(name.encode(), result))
+    return result
 
 def save_weights(path, model, config, facts="", dtype=torch.float32):
     """Write safetensors that `load_model` reads. facts: a line about the weights to tell."""
     tensors = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     about = {"model": type(model).__name__, "config": asdict(config), "facts": facts}
+    about["crc32"] = checksum(json.loads(json.dumps(about)), tensors)
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata={"ldmseg": json.dumps(about)}))
 
@@ -1747,21 +1802,39 @@ def save_run(out, step, config, settings, state):
                      f"{step} steps on {' '.join(settings['data'])}")
         write_json(f"{out}/config.json", asdict(config))
         content = {name: part.state_dict() for name, part in state.items()}
-        with replacing(f"{out}/checkpoint.pt") as temporary:  # last: it vouches for all
-            torch.save(content | {"step": step, "settings": settings}, temporary)
+        latest = Path(out, "checkpoint.pt")  # written last: it vouches for all
+        with replacing(latest) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(content | {"step": step, "settings": settings}, file)
+            if latest.exists():
+                latest.replace(Path(out, "checkpoint.previous.pt"))
+
+def load_checkpoint(out):
+    """The latest checkpoint of a run folder, of the two that are kept; None where none is. One
+    that is damaged is said, and the one before is taken."""
+    paths = [Path(out, name) for name in ("checkpoint.pt", "checkpoint.previous.pt")]
+    paths = [path for path in paths if path.exists()]
+    for path in paths:
+        try:
+            with reading(path, "checkpoint; --fresh starts over"), ZipFile(path) as file:
+                require(file.testzip() is None, "damaged; --fresh starts over")
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except UserError as error:
+            if path == paths[-1]:
+                raise
+            print(f"{error}; the one before is taken", file=sys.stderr)
 
 def resume_run(args, config, state, steps):
     """Load checkpoint.pt, unless --fresh, into `state`, {name: module, ...}. Returns its step,
     or 0, and the settings that a resumed run must share."""
-    path = Path(args.out, "checkpoint.pt")
     settings = {k: v for k, v in (vars(args) | asdict(config)).items() if k not in FREE}
-    everywhere = any_rank(path.exists(), next(state["model"].parameters()).device)
-    require(path.exists() == everywhere, f"{args.out}: only some processes see its checkpoint")
-    if args.fresh or not path.exists():
+    checkpoint = None if args.fresh else load_checkpoint(args.out)
+    everywhere = any_rank(checkpoint, next(state["model"].parameters()).device)
+    require(bool(checkpoint) == everywhere,
+            f"{args.out}: only some processes see its checkpoint")
+    if not checkpoint:
         return 0, settings
-    with reading(path, "checkpoint; --fresh starts over"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        stored, step = checkpoint["settings"], checkpoint["step"]
+    stored, step = checkpoint["settings"], checkpoint["step"]
     for name, ours in sorted(settings.items()):
         require(ours == stored.get(name), f"{args.out}: its run has {name} {stored.get(name)}, "
                 f"this command {ours}; use the same, another --out, or --fresh")
@@ -1773,7 +1846,7 @@ def resume_run(args, config, state, steps):
               f"{args.out}: resuming from step {step}")
     return step, settings
 
-def open_log(args, start, device):
+def open_log(args, device):
     """log.jsonl of the run folder, on rank 0, which locks the folder while it is open; --fresh
     starts over. UserError where another process trains, or would replace a run."""
     import fcntl  # not on Windows
@@ -1782,7 +1855,7 @@ def open_log(args, start, device):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         log = open(f"{args.out}/log.jsonl", "a")
         full = log.tell() or Path(args.out, "model.safetensors").exists()
-        if full and not start and not args.fresh:
+        if full and not args.fresh and not [*Path(args.out).glob("checkpoint*.pt")]:
             problem = "has a run without checkpoint.pt; use another --out, or --fresh"
         try:
             fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1791,7 +1864,8 @@ def open_log(args, start, device):
     require(not any_rank(problem, device), f"{args.out}: {problem or 'refused by rank 0'}")
     if is_main() and args.fresh:
         log.truncate(0)
-        Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
+        for old in Path(args.out).glob("checkpoint*.pt"):
+            old.unlink()
     return log
 
 def convert_official(content, unet_config=None):
@@ -1830,7 +1904,7 @@ def load_official(path, unet_config=None):
         if content.get("ema"):
             content["unet"] = content["ema"]
         config, tensors = convert_official(content, unet_config)
-        model = (LDMSeg if "unet" in content else MaskAutoencoder)(config)
+        model = new_model(LDMSeg if "unet" in content else MaskAutoencoder, config)
         model.load_state_dict(tensors)
     model.facts = "of the authors"
     return model
@@ -1846,12 +1920,15 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
     else:
         with reading(file, "weights file or run folder"), safe_open(file, "pt") as weights:
             about = json.loads(weights.metadata()["ldmseg"])
+            tensors = {name: weights.get_tensor(name) for name in weights.keys()}
+            written = about.pop("crc32", None)
+            require(written in (None, checksum(about, tensors)), "damaged: another checksum")
             stored = about["config"]  # another version's may have other fields
             values = {f.name: f.type(stored[f.name]) for f in fields(Config) if f.name in stored}
             config = replace(PRESETS[stored["preset"]], **values)
-            model = (LDMSeg if about["model"] == "LDMSeg" else MaskAutoencoder)(config)
+            model = new_model(LDMSeg if about["model"] == "LDMSeg" else MaskAutoencoder, config)
             model.facts = about.get("facts", "")
-            model.load_state_dict({k: weights.get_tensor(k).float() for k in weights.keys()})
+            model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     for name, tensor in model.state_dict().items():
         require(tensor.isfinite().all(), f"{path}: {name} has values that are not finite")
     ours = type(model).__name__
@@ -1954,6 +2031,13 @@ def save_grid(path, titles, rows, width=192):
     for x, title in enumerate(titles):
         ImageDraw.Draw(canvas).text((x * (width + 4) + 4, 3), title, fill="black")
     write_png(path, np.asarray(canvas))
+
+def keep_inputs(out, *folders):
+    """UserError where results in --out would be written among the inputs in these folders."""
+    for result in (Path(out, name).resolve() for name in ("panoptic", "overlay", "depth")):
+        inside = [f for f in folders if result in (Path(f).resolve(), *Path(f).resolve().parents)]
+        require(not inside, f"--out {out}: results would replace inputs in {inside[:1]}; use "
+                "another --out")
 
 def write_panoptic(out, name, record, ids, segments):
     """Write panoptic/NAME.png and overlay/NAME.png -> its two entries of panoptic.json."""

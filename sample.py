@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from ldmseg import (
     SAMPLERS, CommandLine, LDMSeg, ShapeScenes, UserError, colorize, draw, evaluation_batches,
-    is_main, open_dataset, rank_and_world, read_image, require, resize_nearest, run_script,
-    save_grid, start_script, write_panoptic, write_panoptic_json, write_png,
+    is_main, keep_inputs, open_dataset, rank_and_world, read_image, require, resize_nearest,
+    run_script, save_grid, start_script, write_panoptic, write_panoptic_json, write_png,
 )  # fmt: skip
 
 SHOWN = (1, 2, 4, 10, 20, 50)
@@ -54,7 +54,7 @@ def parse(argv):
     return args
 
 
-def image_files(args):
+def image_paths(args):
     """The files that the command line names, as a data set."""
     paths = []
     for name in args.paths:
@@ -71,11 +71,15 @@ def choose_images(args, size):
     """The data set to segment and how many of its images. UserError where two images would have
     one result."""
     if args.paths:
-        dataset = image_files(args)
+        dataset = image_paths(args)
         names = [path.name for path in dataset]
+        keep_inputs(args.out, *{path.parent for path in dataset})
     elif args.data and args.data != "shapes":
         dataset = open_dataset(args.data, args.split, args.images, size, "val")
         names = [image["file_name"] for image in dataset.images.values()]
+        keep_inputs(args.out, dataset.image_dir, dataset.json_path.with_suffix(""))
+        require(dataset.json_path.resolve() != Path(args.out, "panoptic.json").resolve(),
+                f"--out {args.out}: would replace {args.data}; use another --out")
     else:
         return ShapeScenes(args.split or "val", size), args.limit or (None if args.data else 8)
     results = Counter(Path(name).with_suffix(".png") for name in names)

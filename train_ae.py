@@ -15,14 +15,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import clip_grad_norm_
 
 from ldmseg import (
     DIVERGED, PRESETS, MaskAutoencoder, PanopticQuality, TrainingStream, ae_loss, any_rank,
     colorize, distribute, evaluate, gaussian_latents, global_mean_count, is_main, learning_rate,
-    log_line, make_ema, make_optimizer, means, open_log, open_training_data, override,
+    log_line, make_ema, make_optimizer, means, new_model, open_log, open_training_data, override,
     postprocess, random_generator, require, resume_run, run_script, save_grid, save_run,
     segments_of, setup_distributed, training_command, training_loader, training_steps,
+    update_weights,
 )  # fmt: skip
 
 
@@ -109,10 +109,10 @@ def main(argv=None):
     args, config = parse(argv)
     device, autocast = setup_distributed(args.device, args.amp)
     train, val = open_training_data(args, config)
-    stream = TrainingStream(train, config, args.seed)
+    stream = TrainingStream(train, config, args.seed, args.on_bad_sample)
 
     torch.manual_seed(args.seed)
-    model = MaskAutoencoder(config).to(device, memory_format=torch.channels_last)
+    model = new_model(MaskAutoencoder, config).to(device, memory_format=torch.channels_last)
     optimizer, ema = make_optimizer(model, config.ae_lr, config), make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
@@ -121,8 +121,10 @@ def main(argv=None):
     if start >= steps:
         return
     loader = training_loader(stream, config.ae_batch, args.accumulate, start, steps, args.workers)
-    log = open_log(args, start, device)
-    net, history, batches = distribute(model), [], iter(loader)
+    log = open_log(args, device)
+    if not start:
+        save_run(args.out, 0, config, settings, state)
+    net, history, batches, failures = distribute(model), [], iter(loader), 0
     for step, interrupts in training_steps(start, steps, "stage 1"):
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
@@ -139,14 +141,8 @@ def main(argv=None):
             scaler.scale(loss / args.accumulate).backward()
             history.append({"loss": loss.detach(), "kl": kl.detach(), **parts})
         lr = learning_rate(step, steps, config.ae_lr, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        scaler.unscale_(optimizer)
-        clip_grad_norm_(model.parameters(), config.ae_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update_parameters(model)
+        failures = 0 if update_weights(state, lr, config.ae_clip) else failures + 1
+        require(failures < 10, f"10 steps in a row without a finite loss: {DIVERGED}")
 
         done, stopping = step + 1, any_rank(interrupts, device)
         evaluating = done % args.eval_every == 0 or done == steps

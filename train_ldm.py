@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from ldmseg import (
-    IMAGE_ENCODERS, PRESETS, SD_VAE, SHIPPED, TASKS, LDMSeg, NoiseSchedule, TrainingStream,
-    any_rank, colorize, distribute, evaluate, gaussian_latents, is_main,
-    learning_rate, load_model, log_line, make_ema, make_optimizer, means, open_log,
+    DIVERGED, IMAGE_ENCODERS, PRESETS, SD_VAE, SHIPPED, TASKS, LDMSeg, NoiseSchedule,
+    TrainingStream, any_rank, colorize, distribute, evaluate, gaussian_latents, is_main,
+    learning_rate, load_model, log_line, make_ema, make_optimizer, means, new_model, open_log,
     open_training_data, override, random_generator, reading, require, resume_run, run_script,
     save_grid, save_run, setup_distributed, training_command, training_loader, training_steps,
+    update_weights,
 )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def start_from(run, model):
 def build_model(config, autoencoders, sd, run=None):
     """LDMSeg with the trained autoencoders and the other weights of `run`, or what `sd` names."""
     encoder_weights, config = (None, config) if run else pretrained_encoder(config, sd)
-    model = LDMSeg(config)
+    model = new_model(LDMSeg, config)
     if encoder_weights:
         model.image_encoder.layers.load_state_dict(encoder_weights)
     if run:
@@ -195,7 +196,7 @@ def main(argv=None):
     train, val = open_training_data(args, config)
     if "semantic" in config.tasks:
         config = replace(config, categories=json.dumps(val.categories))
-    stream = TrainingStream(train, config, args.seed)
+    stream = TrainingStream(train, config, args.seed, args.on_bad_sample)
 
     torch.manual_seed(args.seed)
     model = build_model(config, autoencoders, args.sd, run)
@@ -209,8 +210,10 @@ def main(argv=None):
     if start >= steps:
         return
     loader = training_loader(stream, config.ldm_batch, args.accumulate, start, steps, args.workers)
-    log = open_log(args, start, device)
-    net, history, batches = distribute(model), [], iter(loader)
+    log = open_log(args, device)
+    if not start:
+        save_run(args.out, 0, config, settings, state)
+    net, history, batches, failures = distribute(model), [], iter(loader), 0
     for step, interrupts in training_steps(start, steps, "stage 2"):
         # one coin per optimizer step, the same on all ranks
         coin = random_generator(args.seed, "self-condition", step).random() < config.self_condition
@@ -224,14 +227,8 @@ def main(argv=None):
             scaler.scale(loss / args.accumulate).backward()
             history.append({"loss": loss.detach(), "error": error})
         lr = learning_rate(step, steps, config.ldm_lr, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.ldm_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update_parameters(model)
+        failures = 0 if update_weights(state, lr, config.ldm_clip) else failures + 1
+        require(failures < 10, f"10 steps in a row without a finite loss: {DIVERGED}")
 
         done, stopping = step + 1, any_rank(interrupts, device)
         evaluating = done % args.eval_every == 0 or done == steps

@@ -22,7 +22,7 @@ from conftest import (
     GOLDEN, VAE, ConvUNet, StubUNet, gaussian, ldm_command, relative_error, small_config,
 )  # fmt: skip
 from ldmseg import (
-    PRESETS, Config, MaskAutoencoder, NoiseSchedule, UserError, build_unet, gaussian_latents,
+    PRESETS, MaskAutoencoder, NoiseSchedule, UserError, build_unet, gaussian_latents,
     load_model, match_ids, random_generator,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
@@ -539,7 +539,8 @@ def test_stage_2_resumes_with_dinov2_which_does_not_change(data, tiny_run, dinov
 def test_a_folder_that_is_no_stable_diffusion_is_told_the_missing_file(
         sd_folder, tmp_path, there, missing):
     (tmp_path / there).symlink_to(sd_folder / there)
-    with pytest.raises(UserError, match=f"^{tmp_path}: not a readable {missing} in a folder or hub id.*config.json"):
+    message = f"^{tmp_path}: not a readable {missing} in a folder or hub id.*config.json"
+    with pytest.raises(UserError, match=message):
         sd_model(tmp_path)
 
 

@@ -17,7 +17,7 @@ from ldmseg import (
     LDMSeg, TrainingStream, UserError, gaussian_latents, int2bits, keep_blocks,
     match_ids, random_generator, read_image, rgb2id,
 )  # fmt: skip
-from PIL import Image
+from PIL import Image, ImageDraw
 
 NOISE = [(5, 0), (5, 1), (6, "cat.jpg")]
 LARGE = 2**24 - 1
@@ -271,7 +271,7 @@ def save_mask(path, ids, kind):
     ("rgb", [0, 255, 256, LARGE]), ("npy", [0, 2, LARGE]), ("16 bit", [0, 300, 65535]),
     ("8 bit", [0, 7, 255]), ("palette", [0, 3, 255])])
 def test_each_kind_of_mask_is_read(tmp_path, kind, ids):
-    ids = np.random.default_rng(2).choice(ids, (5, 8))
+    ids = np.random.default_rng(2).choice(ids, (5, 8)).repeat(3, 0).repeat(3, 1)
     assert np.array_equal(inpaint.read_mask(save_mask(tmp_path / "mask", ids, kind)), ids)
 
 
@@ -312,13 +312,45 @@ def test_variations_are_written_listed_and_differ(tiny_run, tmp_path):
     assert (masks[0] != masks[1]).mean() > 0.05 and (masks[1] != masks[2]).mean() > 0.05
 
 
+@pytest.mark.parametrize("fill", [5, 130, (200, 30, 90)])
+def test_an_antialiased_mask_is_refused_and_the_same_without_is_read(tmp_path, fill):
+    mode = "L" if isinstance(fill, int) else "RGB"
+    large = Image.new(mode, (160, 160))
+    ImageDraw.Draw(large).ellipse((20, 30, 130, 140), fill)
+    ImageDraw.Draw(large).line((0, 0, 159, 20), fill, width=5)
+    large.resize((40, 40), Image.NEAREST).save(tmp_path / "sharp.png")
+    large.resize((40, 40), Image.BICUBIC).save(tmp_path / "soft.png")
+    assert len(np.unique(inpaint.read_mask(tmp_path / "sharp.png"))) == 2
+    with pytest.raises(UserError, match="soft.png: .*antialiased"):
+        inpaint.read_mask(tmp_path / "soft.png")
+
+
+def test_a_transparent_pixel_is_unknown_and_a_jpeg_is_no_mask(tmp_path):
+    ids = np.zeros((12, 12), np.uint8)
+    ids[2:6, 2:6], ids[7:11, 3:9] = 5, 9
+    Image.fromarray(np.dstack([ids, np.where(ids == 9, 0, 255).astype(np.uint8)]), "LA").save(
+        tmp_path / "a.png")
+    assert np.array_equal(inpaint.read_mask(tmp_path / "a.png"), np.where(ids == 9, 0, ids))
+    Image.fromarray(ids).save(tmp_path / "a.jpg", quality=100)
+    with pytest.raises(UserError, match="a.jpg: JPEG changes ids"):
+        inpaint.read_mask(tmp_path / "a.jpg")
+
+
+def test_a_header_of_npy_does_not_ask_for_memory(tmp_path):
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<i8", "fortran_order": False, "shape": (10**6, 10**6)})
+    with pytest.raises(UserError, match="a.npy: not a readable mask"):
+        inpaint.read_mask(tmp_path / "a.npy")
+
+
 def test_a_completion_never_replaces_the_mask_it_came_from(complaint, tiny_run, tmp_path):
     (tmp_path / "panoptic").mkdir()
     mask = save_mask(tmp_path / "panoptic" / "photo", HALF, "8 bit")
     Image.fromarray(photo(30, 44)).save(tmp_path / "photo.jpg")
     before, image = mask.read_bytes(), tmp_path / "photo.jpg"
     line = complaint(inpaint.main, *run_of(tiny_run, tmp_path, "--image", image, "--mask", mask))
-    assert "would overwrite" in line and mask.read_bytes() == before
+    assert "would replace inputs" in line and mask.read_bytes() == before
 
 
 def test_a_mask_of_another_aspect_than_its_image_is_named(complaint, tiny_run, tmp_path):

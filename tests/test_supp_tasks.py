@@ -334,7 +334,8 @@ def test_data_with_other_classes_than_the_weights_is_an_error(complaint, runs, d
     ("depth", "--ae {0.ae} {0.ldm}", "--ae {0.ldm}: of ids at 32 pixels, expected depth"),
     ("depth", "--ae {0.ae}", "runs/ae_depth: no such weights"),
     ("depth", "--data {2}", "{2}/train_depth/"),
-    ("depth", "--sd {0.ldm} --set unet_widths=32,64", "unet_widths of this run is (32, 32), expected ("),
+    ("depth", "--sd {0.ldm} --set unet_widths=32,64",
+     "unet_widths of this run is (32, 32), expected ("),
     ("semantic", "--sd {0.ae}", "MaskAutoencoder, expected a LDMSeg")])
 def test_mistakes_in_tasks_and_starts_are_named(
         complaint, monkeypatch, runs, tiny_run, data, tmp_path, tasks, flags, message):

@@ -257,10 +257,10 @@ def code_table(config):
         return int2bits(ids.view(-1, 1, 1), config.bits)[:, :, 0, 0]
     if config.codes == "colour":
         levels = next(n for n in range(2, N + 2, 2) if n**3 >= N)  # even: none is zero
-        grid = torch.linspace(-1, 1, levels)
+        grid = torch.linspace(-1, 1, levels, device="cpu")
         table = torch.cartesian_prod(grid, grid, grid)[ids * levels**3 // N].flip(1)
     else:
-        angle = torch.outer((2 * ids / (N - 1) - 1) * math.pi, 2.0 ** torch.arange(4))
+        angle = torch.outer((2 * ids / (N - 1) - 1) * math.pi, 2.0 ** torch.arange(4, device="cpu"))
         table = torch.cat([angle.sin(), angle.cos()], 1)
     return table * (ids != VOID)[:, None]
 

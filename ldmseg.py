@@ -53,13 +53,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from scipy.optimize import linear_sum_assignment
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
-from torchvision.io import ImageReadMode, decode_png
-from torchvision.models.convnext import LayerNorm2d
-from torchvision.ops import Conv2dNormActivation
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 # ========================================================================================
@@ -283,6 +278,7 @@ def match_ids(ids, eps, id_latents):
     permutation whose latents are nearest to eps; VOID stays. ids int64 (B, H, W), eps
     (B, 4, h, w), id_latents (N, 4). NOTE: paper: random ids; here the noise chooses them,
     because an image with its noise then has one right mask, and few steps find it."""
+    from scipy.optimize import linear_sum_assignment
     N, cells = len(id_latents), eps.shape[-2:]
 
     # how well the noise of a cell fits the latent of each id
@@ -301,6 +297,10 @@ def match_ids(ids, eps, id_latents):
 # ---- 4. Shallow autoencoder (Sec. 3.1, "Architectural Design") -------------------------
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+
+class LayerNorm2d(nn.LayerNorm):  # over the channels of (B, C, H, W)
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 class MaskAutoencoder(nn.Module):
     """Compresses mask codes by 8, decodes N logits at H/2; of target "depth": depth."""
@@ -576,8 +576,9 @@ def build_unet(config, image_channels):
 
 def image_tensor(image, size):
     """image uint8 (H, W, 3) -> float (3, size, size) in [-1, 1], antialiased."""
-    image = torch.from_numpy(image.copy()).permute(2, 0, 1)
-    return v2.functional.resize(image, [size, size], antialias=True).float() / 127.5 - 1
+    image = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
+    image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
+    return image.float() / 127.5 - 1
 
 class PatchStem(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> latents (B, channels, h, w), as all encoders. NOTE:
@@ -627,8 +628,10 @@ class DINOv2Encoder(nn.Module):
 
     def forward(self, image):
         h, w, patch = image.shape[-2] // 8, image.shape[-1] // 8, self.layers.config.patch_size
-        image = v2.functional.resize(image, [patch * h, patch * w], antialias=True) / 2 + 0.5
-        image = v2.functional.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        image = F.interpolate(image, (patch * h, patch * w), mode="bilinear", antialias=True)
+        mean, std = (image.new_tensor(values).view(3, 1, 1)
+                     for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        image = (image / 2 + 0.5 - mean) / std
         tokens = run_frozen(self.layers, image).last_hidden_state[:, 1:]  # without CLS
         return tokens.float().mT.unflatten(2, (h, w))  # (B, C, h, w)
 
@@ -636,6 +639,7 @@ class Lite0Block(nn.Sequential):
     """Expand, filter, project; the batch norms are folded into the convolutions."""
 
     def __init__(self, c_in, c, kernel, stride=1, expansion=6):
+        from torchvision.ops import Conv2dNormActivation
         convolve = partial(Conv2dNormActivation, norm_layer=None, activation_layer=nn.ReLU6)
         wide, pad = c_in * expansion, kernel // 2
         super().__init__(
@@ -654,6 +658,7 @@ class Lite0Encoder(nn.Module):
     size, brought to the latent cells, and a small trained projection."""
 
     def __init__(self, config):
+        from torchvision.ops import Conv2dNormActivation
         super().__init__()
         stem = Conv2dNormActivation(3, 32, 3, 2, 0, norm_layer=None, activation_layer=nn.ReLU6)
         layers, c_in = [nn.ZeroPad2d((0, 1, 0, 1)), stem, Lite0Block(32, 16, 3, 1, 1)], 16
@@ -1204,6 +1209,7 @@ def read_image(path, exact=False):
         is_png = data.startswith(b"\x89PNG") and data[24] <= 8
         require(is_png or not exact, "expected a PNG of 8 bits per channel")
         if is_png and b"eXIf" not in data:  # faster than Pillow
+            from torchvision.io import ImageReadMode, decode_png
             data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
         image = ImageOps.exif_transpose(Image.open(BytesIO(data)))

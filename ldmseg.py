@@ -252,10 +252,10 @@ def code_table(config):
         return int2bits(ids.view(-1, 1, 1), config.bits)[:, :, 0, 0]
     if config.codes == "colour":
         levels = next(n for n in range(2, N + 2, 2) if n**3 >= N)  # even: none is zero
-        grid = torch.linspace(-1, 1, levels, device="cpu")
+        grid = torch.linspace(-1, 1, levels)
         table = torch.cartesian_prod(grid, grid, grid)[ids * levels**3 // N].flip(1)
     else:
-        angle = torch.outer((2 * ids / (N - 1) - 1) * math.pi, 2.0 ** torch.arange(4, device="cpu"))
+        angle = torch.outer((2 * ids / (N - 1) - 1) * math.pi, 2.0 ** torch.arange(4))
         table = torch.cat([angle.sin(), angle.cos()], 1)
     return table * (ids != VOID)[:, None]
 
@@ -298,6 +298,15 @@ def match_ids(ids, eps, id_latents):
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
+def require_memory(config):
+    """UserError where a 3x3 convolution of each width and layer, and what the first one makes of
+    one mask, all float32, would not fit in the machine's memory."""
+    squares = [width**2 for width in config.ae_widths + config.unet_widths * config.unet_layers]
+    needed = 4 * (9 * sum(squares) + config.ae_widths[0] * config.size**2)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(needed < there, f"this Config needs {needed / 2**30:.0f} GiB at least, this machine "
+            f"has {there / 2**30:.0f}; expected a smaller size, fewer layers or widths")
+
 class LayerNorm2d(nn.LayerNorm):  # over the channels of (B, C, H, W)
     def forward(self, x):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -307,6 +316,7 @@ class MaskAutoencoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        require_memory(config)
         self.config, widths, width = config, config.ae_widths, config.ae_widths[-1]
         is_depth = config.target == "depth"
         codes = torch.empty(0, 1) if is_depth else code_table(config)  # (N, C); depth: C = 1
@@ -1740,17 +1750,6 @@ OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1",  # and the names of an old di
 FREE = """accumulate amp device eval_every fresh limit on_bad_sample out set split workers
           ae_steps ldm_steps eval_steps sampling_power checkpointing compile zero""".split()
 
-def new_model(kind, config):
-    """LDMSeg or MaskAutoencoder, random. UserError where the machine's memory does not hold its
-    weights and the first layer's output for one mask."""
-    with torch.device("meta"):
-        values = sum(weights.numel() for weights in kind(config).parameters())
-    needed = 4 * (values + config.ae_widths[0] * config.size**2)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    require(needed < there, f"this Config needs {needed / 2**30:.0f} GiB for weights and one mask, "
-            f"expected at most the machine's {there / 2**30:.0f}; smaller size or widths?")
-    return kind(config)
-
 @contextmanager
 def writing(path):
     """Context that only writes `path`: an error there, as a full disk, is the user's."""
@@ -1910,7 +1909,7 @@ def load_official(path, unet_config=None):
         if content.get("ema"):
             content["unet"] = content["ema"]
         config, tensors = convert_official(content, unet_config)
-        model = new_model(LDMSeg if "unet" in content else MaskAutoencoder, config)
+        model = (LDMSeg if "unet" in content else MaskAutoencoder)(config)
         model.load_state_dict(tensors)
     model.facts = "of the authors"
     return model
@@ -1932,7 +1931,7 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
             stored = about["config"]  # another version's may have other fields
             values = {f.name: f.type(stored[f.name]) for f in fields(Config) if f.name in stored}
             config = replace(PRESETS[stored["preset"]], **values)
-            model = new_model(LDMSeg if about["model"] == "LDMSeg" else MaskAutoencoder, config)
+            model = (LDMSeg if about["model"] == "LDMSeg" else MaskAutoencoder)(config)
             model.facts = about.get("facts", "")
             model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     for name, tensor in model.state_dict().items():

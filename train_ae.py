@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ldmseg import (
     DIVERGED, PRESETS, MaskAutoencoder, PanopticQuality, TrainingStream, ae_loss, any_rank,
     colorize, distribute, evaluate, gaussian_latents, global_mean_count, is_main, learning_rate,
-    log_line, make_ema, make_optimizer, means, new_model, open_log, open_training_data, override,
+    log_line, make_ema, make_optimizer, means, open_log, open_training_data, override,
     postprocess, random_generator, require, resume_run, run_script, save_grid, save_run,
     segments_of, setup_distributed, training_command, training_loader, training_steps,
     update_weights,
@@ -112,7 +112,7 @@ def main(argv=None):
     stream = TrainingStream(train, config, args.seed, args.on_bad_sample)
 
     torch.manual_seed(args.seed)
-    model = new_model(MaskAutoencoder, config).to(device, memory_format=torch.channels_last)
+    model = MaskAutoencoder(config).to(device, memory_format=torch.channels_last)
     optimizer, ema = make_optimizer(model, config.ae_lr, config), make_ema(model, config.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}

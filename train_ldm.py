@@ -20,7 +20,7 @@ import torch
 from ldmseg import (
     DIVERGED, IMAGE_ENCODERS, PRESETS, SD_VAE, SHIPPED, TASKS, LDMSeg, NoiseSchedule,
     TrainingStream, any_rank, colorize, distribute, evaluate, gaussian_latents, is_main,
-    learning_rate, load_model, log_line, make_ema, make_optimizer, means, new_model, open_log,
+    learning_rate, load_model, log_line, make_ema, make_optimizer, means, open_log,
     open_training_data, override, random_generator, reading, require, resume_run, run_script,
     save_grid, save_run, setup_distributed, training_command, training_loader, training_steps,
     update_weights,
@@ -140,7 +140,7 @@ def start_from(run, model):
 def build_model(config, autoencoders, sd, run=None):
     """LDMSeg with the trained autoencoders and the other weights of `run`, or what `sd` names."""
     encoder_weights, config = (None, config) if run else pretrained_encoder(config, sd)
-    model = new_model(LDMSeg, config)
+    model = LDMSeg(config)
     if encoder_weights:
         model.image_encoder.layers.load_state_dict(encoder_weights)
     if run:

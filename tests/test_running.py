@@ -26,7 +26,7 @@ import train_ae
 import train_ldm
 from conftest import ON_CPU, ConvUNet, ae_command, flat, ldm_command, on_two_ranks, small_config
 from ldmseg import (
-    Config, MaskAutoencoder, UserError, learning_rate, load_model, new_model, override, run_script,
+    Config, MaskAutoencoder, UserError, learning_rate, load_model, override, run_script,
     save_weights, write_json,
 )  # fmt: skip
 
@@ -362,7 +362,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
 
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_made():
     with pytest.raises(UserError, match="needs .* GiB"):
-        new_model(MaskAutoencoder, small_config(ae_widths=(8192,) * 4, size=8192))
+        MaskAutoencoder(small_config(ae_widths=(8192,) * 4, size=8192))
 
 
 def test_loader_processes_outlive_ctrl_c_and_give_the_batches_of_one_process():

@@ -436,35 +436,49 @@ def resize_nearest(array, size):
     x = (2 * np.arange(width) + 1) * array.shape[1] // (2 * width)
     return array[y][:, x]
 
-def most_probable(logits, size, values_at_once=2**22):
-    """Logits of an image (N, H/2, W/2), upsampled x2, then to (height, width) = size -> the id of
-    highest probability at each pixel, int32, and that probability, float32. In bands of rows:
-    24 megapixels of N logits would take gigabytes."""
-    logits = F.interpolate(logits[None].float(), scale_factor=2, mode="bilinear")
-    (N, H), (height, width), device = logits.shape[1:3], size, logits.device
-    ids = torch.empty(size, dtype=torch.int32, device=device)
-    confidence = torch.empty(size, device=device)
+def neighbours(count, length):
+    """Bilinear interpolation of `count` values to `length`: the two that each result lies
+    between, int64 (length,), and the share of the second."""
+    position = ((torch.arange(length) + 0.5) * (count / length) - 0.5).clamp(min=0)
+    first = position.long()
+    return first, (first + 1).clamp(max=count - 1), position - first
 
-    # bilinear: a row of the result lies between two rows of the logits
-    y = ((torch.arange(height, device=device) + 0.5) * (H / height) - 0.5).clamp(min=0)
-    above = y.long()
-    below, share = (above + 1).clamp(max=H - 1), (y - above)[:, None]
-    for band in torch.arange(height).split(max(1, values_at_once // (N * width))):
-        first, last = above[band[0]], below[band[-1]]
-        rows = logits[:, :, first : last + 1]
-        rows = F.interpolate(rows, (rows.shape[2], width), mode="bilinear")[0]
-        upper, lower = rows[:, above[band] - first], rows[:, below[band] - first]
-        values = upper * (1 - share[band]) + lower * share[band]  # (N, rows, width)
-        highest = values.softmax(0).max(0)
-        confidence[band], ids[band] = highest.values, highest.indices.int()
-    return ids, confidence
+def most_probable(logits, size, threshold=0.0, values_at_once=2**22):
+    """Logits of an image (N, H/2, W/2), upsampled x2, then to (height, width) = size, softmax ->
+    ids int32 (height, width); VOID where the highest probability is below `threshold`. Where
+    four logits leave no doubt the pixels between them are not computed, the others row by row:
+    a photograph of N logits would take gigabytes."""
+    logits = F.interpolate(logits[None].float(), scale_factor=2, mode="bilinear")[0].cpu()
+    N, H, W = logits.shape
+    (top, _, down), (left, right, across) = neighbours(H, size[0]), neighbours(W, size[1])
+
+    # no doubt: the winner's lowest corner is above the highest ones of all others together
+    corners = F.pad(logits, (0, 1, 0, 1), mode="replicate")
+    highest, lowest = F.max_pool2d(corners, 2, 1), -F.max_pool2d(-corners, 2, 1)  # (N, H, W)
+    least, winner = lowest.max(0)
+    others = (highest.scatter(0, winner[None], -math.inf) - least).exp().sum(0)
+    doubt = others > 0.999 * min(1, 1 / max(threshold, 1e-9) - 1)
+    ids = winner.int()[top][:, left]
+
+    for row in doubt.any(1).nonzero()[:, 0]:
+        # interpolate along this row of logits and the next, at the pixels in doubt
+        x = doubt[row][left].nonzero()[:, 0]
+        two = logits[:, [row, min(row + 1, H - 1)]]
+        two = two[..., left[x]] * (1 - across[x]) + two[..., right[x]] * across[x]  # (N, 2, X)
+
+        # then between the two
+        for y in (top == row).nonzero()[:, 0].split(max(1, values_at_once // (N * len(x) + 1))):
+            share = down[y, None]
+            values = two[:, :1] * (1 - share) + two[:, 1:] * share  # (N, Y, X)
+            best, id = values.max(0)
+            probability = 1 / values.sub_(best).exp_().sum(0)
+            ids[y[:, None], x] = id.masked_fill(probability < threshold, VOID).int()
+    return ids
 
 def postprocess(logits, size, mask_threshold, min_area):
     """Logits (N, H/2, W/2) -> ids int32 (height, width); unsure pixels, small segments VOID.
     NOTE: released code also filters by overlap; here not, because the paper does not."""
-    ids, confidence = most_probable(logits, size)
-    ids[confidence < mask_threshold] = VOID
-    del confidence
+    ids = most_probable(logits, size, mask_threshold)
     areas = sum(torch.bincount(rows.flatten(), minlength=len(logits)) for rows in ids.split(256))
     for id in ((areas > 0) & (areas < min_area)).nonzero():
         ids[ids == id] = VOID
@@ -475,9 +489,9 @@ def merge_panoptic(instance_logits, semantic_logits, size, isthing, *thresholds)
     and is VOID where none has one; stuff of a class is one segment. isthing: of the classes
     1..K. Returns ids int32 (height, width) = size, and {id: class}."""
     ids, N = postprocess(instance_logits, size, *thresholds), len(instance_logits)
-    classes, _ = most_probable(semantic_logits, size)
+    classes = most_probable(semantic_logits, size)
     votes = torch.bincount((ids * N + classes).flatten(), minlength=N * N).view(N, N)
-    votes = votes[:, 1 : len(isthing) + 1].cpu()  # (N, K)
+    votes = votes[:, 1 : len(isthing) + 1]  # (N, K)
     class_of, first_of = {}, {}  # {id: class}, {stuff class: its id}
     table = torch.zeros(N, dtype=torch.int32)
     for id in range(1, N):
@@ -485,7 +499,7 @@ def merge_panoptic(instance_logits, semantic_logits, size, isthing, *thresholds)
             winner = 1 + int(votes[id].argmax())  # the lowest in a tie
             table[id] = id if isthing[winner - 1] else first_of.setdefault(winner, id)
             class_of[int(table[id])] = winner
-    return table.to(ids.device)[ids], class_of
+    return table[ids], class_of
 
 def segments_of(ids, category_of=()):
     """COCO's segments_info of a map (H, W). category_of: {id: category}, by default 1."""
@@ -509,13 +523,13 @@ def draw(outputs, task, size, config):
     if task == "instance":
         ids = postprocess(outputs[task], size, *thresholds)
     elif task == "semantic":
-        ids, _ = most_probable(outputs[task], size)
+        ids = most_probable(outputs[task], size)
         ids[ids > len(classes)] = VOID
         class_of = {place: place for place in range(1, len(classes) + 1)}
     else:
         ids, class_of = merge_panoptic(outputs["instance"], outputs["semantic"], size,
                                        [c["isthing"] for c in classes], *thresholds)
-    ids = ids.cpu().numpy()
+    ids = ids.numpy()
     return ids, segments_of(ids, {id: classes[c - 1]["id"] for id, c in class_of.items()})
 
 # ---- 7. Noise schedule and loss weights (Eq. 3, 5) -------------------------------------
@@ -925,7 +939,7 @@ class LDMSeg(nn.Module):
     def complete(self, image, given_mask, steps=None, repeats=1, seed=0, return_confidence=False):
         """Complete a mask, int ids (h, w) of the caller's choice, 0 = unknown, of an image uint8
         (H, W, 3) -> as `segment`, what is given unchanged, new segments with other ids.
-        return_confidence: also the highest probability at each pixel, float (H, W)."""
+        return_confidence: also the highest probability at each cell of logits, resized, (H, W)."""
         self.config.task("instance")  # or a UserError
         size, N, given = image.shape[:2], self.config.num_ids, np.setdiff1d(given_mask, [VOID])
         require(0 < len(given) < N, f"{len(given)} given segments, expected 1 to {N - 1}")
@@ -946,7 +960,9 @@ class LDMSeg(nn.Module):
         callers_ids = np.array([VOID, *given, *unused], np.int32)
         result = callers_ids[np.where(ids != VOID, ids, drawn)]
         if return_confidence:
-            return result, segments_of(result), most_probable(logits, size)[1].cpu().numpy()
+            confidence = logits.float().softmax(0).amax(0)[None, None]
+            confidence = F.interpolate(confidence, size, mode="bilinear")[0, 0].cpu().numpy()
+            return result, segments_of(result), confidence
         return result, segments_of(result)
 
 # ========================================================================================

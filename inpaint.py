@@ -23,7 +23,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ldmseg import (
-    VOID, CommandLine, LDMSeg, PanopticQuality, UserError, align_ids, colorize, draw,
+    VOID, CommandLine, LDMSeg, PanopticQuality, align_ids, colorize, draw,
     evaluation_batches, is_main, keep_blocks, keep_inputs, open_dataset, random_generator,
     read_image, reading, require, resize_nearest, rgb2id, run_script, save_grid, segments_of,
     start_script, whole_number, write_json, write_panoptic, write_panoptic_json,
@@ -52,11 +52,11 @@ def parse(argv):
             "--strokes": dict(help="also a row with three strokes in each segment",
                               action="store_true")},
     }).parse_args(argv)
-    if bool(args.data) == bool(args.image) or bool(args.image) != bool(args.mask):
-        raise UserError("expected --image and --mask, or --data")
+    fits = bool(args.data) != bool(args.image) and bool(args.image) == bool(args.mask)
+    require(fits, "expected --image and --mask, or --data")
     require(args.data or not args.images, "--images goes with --data")
-    if not all(0 < rate < 1 for rate in args.drop_rate):
-        raise UserError(f"--drop-rate {args.drop_rate}, expected rates between 0 and 1")
+    require(all(0 < rate < 1 for rate in args.drop_rate),
+            f"--drop-rate {args.drop_rate}, expected rates between 0 and 1")
     return args
 
 
@@ -83,16 +83,15 @@ def read_mask(path):
         ids = (rgb2id(values) if values.ndim == 3 else values).astype(np.int64)
     count, low, high = len(np.unique(ids)), ids.min(initial=0), ids.max(initial=0)
     whole = values.dtype == np.uint8 if values.ndim == 3 else (ids == values).all()
-    if not whole or ids.ndim != 2 or not 0 < count <= 2000 or low < 0 or high >= 2**24:
-        raise UserError(f"{path}: {values.shape}, {count} values from {low} to {high}, expected "
-                        "0 (unknown) and ids of segments, below 2^24; is it a picture?")
+    fits = whole and ids.ndim == 2 and 0 < count <= 2000 and low >= 0 and high < 2**24
+    require(fits, f"{path}: {values.shape}, {count} values from {low} to {high}, expected 0 "
+            "(unknown) and ids of segments, below 2^24; is it a picture?")
 
     # thin ids, mostly between those beside them, come from antialiased edges
     lowest, highest = ndimage.minimum_filter(ids, 3), ndimage.maximum_filter(ids, 3)
     thin = np.setdiff1d(ids, ids[lowest == highest])
     edges = [i for i in thin if np.mean((lowest < i) & (i < highest), where=ids == i) > 0.5]
-    require(len(edges) < 2, f"{path}: {len(edges)} ids, as {edges[0] if edges else 0}, are between "
-            "their neighbours' ids: antialiased? save it without")
+    require(len(edges) < 2, f"{path}: ids {edges[:3]} lie between their neighbours': antialiased?")
     return ids * opaque
 
 
@@ -106,22 +105,19 @@ def complete_image(model, args, autocast):
     names = [f"{Path(name).stem}_{k + 1}" for k in range(count)] if count > 1 else [name]
     keep_inputs(args.out, *(Path(file).parent for file in (args.image, args.mask)))
     with autocast():
-        completed = [model.complete(
-            image, given, args.steps, args.repeats, args.seed + variation, True)
-                     for variation in range(count)]
-    masks, segments, confidence = zip(*completed)
-    record = {"image": image, "file_name": name}
-    write_panoptic_json(args.out, [
-        write_panoptic(args.out, n, record | {"image_id": Path(n).stem}, mask, info)
-        for n, mask, info in zip(names, masks, segments)])
+        masks, segments, confidence = zip(*(model.complete(
+            image, given, args.steps, args.repeats, args.seed + k, True) for k in range(count)))
+    records = [{"image": image, "file_name": name, "image_id": Path(n).stem} for n in names]
+    write_panoptic_json(args.out, [write_panoptic(args.out, *result) for result in zip(
+        names, records, masks, segments)])
     gray = {"confidence": np.mean(confidence, 0)}
     if count > 1:  # where a pixel is in another segment than in the first completion
         others = [align_ids(mask, masks[0]) != masks[0] for mask in masks[1:]]
         gray["where they differ"] = np.mean(others, 0)
     pictures = [image, *map(colorize, (resize_nearest(given, image.shape[:2]), *masks))]
     pictures += [np.repeat((255 * g).astype(np.uint8)[..., None], 3, 2) for g in gray.values()]
-    titles = ["image", "given", *["completed"] * count, *gray]
-    save_grid(f"{args.out}/picture.png", titles, [pictures], width=320)
+    save_grid(f"{args.out}/picture.png", ["image", "given", *["completed"] * count, *gray],
+              [pictures], width=320)
     print(f"{count} completed -> {args.out}/ (see picture.png)")
 
 
@@ -189,8 +185,7 @@ def run_experiment(model, args, device, autocast):
     config = model.config
     dataset = open_dataset(args.data, args.split, args.images, config.size, "val")
     blocks = args.block or [max(1, config.size >> i) for i in (5, 4, 3, 2, 1)]
-    if max(blocks) > config.size:
-        raise UserError(f"--block {blocks}, expected up to {config.size}, the model's input")
+    require(max(blocks) <= config.size, f"--block {blocks}, expected up to {config.size} pixels")
     rows = [(block, rate) for block in blocks for rate in args.drop_rate]
     rows += [("strokes", "")] if args.strokes else []
     scores, pictures = {r: {m: Scores(config.num_ids) for m in METHODS} for r in rows}, []

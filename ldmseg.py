@@ -1703,23 +1703,6 @@ def make_optimizer(model, lr, config):
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
 
-def update_weights(state, lr, max_norm):
-    """An optimizer step of `state` ("model", "optimizer", "scaler", "ema") and its averages.
-    Returns False where the gradients were not finite, on any rank, and nothing was changed."""
-    optimizer, scaler = state["optimizer"], state["scaler"]
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(state["model"].parameters(), max_norm)
-    finite = bool(norm.isfinite())
-    if finite or scaler.is_enabled():  # which leaves them out itself
-        scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    if finite:
-        state["ema"].update_parameters(state["model"])
-    return finite
-
 def learning_rate(step, steps, peak, config):
     """Linear warm-up to `peak`, then constant or a cosine down to 1e-6."""
     if step < config.warmup:
@@ -1739,6 +1722,28 @@ def make_ema(model, decay):
         if not (weight.requires_grad and decay):
             average.data = weight.data  # one copy is enough of what is not averaged
     return ema
+
+def training_state(model, lr, config, amp, device):  # all that a run needs to go on
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    return {"model": model, "ema": make_ema(model, config.ema),
+            "optimizer": make_optimizer(model, lr, config), "scaler": scaler}
+
+def update_weights(state, lr, max_norm):
+    """An optimizer step of `state` ("model", "optimizer", "scaler", "ema") and its averages.
+    Returns False where the gradients were not finite, on any rank, and nothing was changed."""
+    optimizer, scaler = state["optimizer"], state["scaler"]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(state["model"].parameters(), max_norm)
+    finite = bool(norm.isfinite())
+    if finite or scaler.is_enabled():  # which leaves them out itself
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if finite:
+        state["ema"].update_parameters(state["model"])
+    return finite
 
 def means(batches):
     """Of [{"loss": scalar, ...}, ...] over batches and ranks, of what is finite; "skipped":

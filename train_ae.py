@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from ldmseg import (
     DIVERGED, PRESETS, MaskAutoencoder, PanopticQuality, TrainingStream, ae_loss, any_rank,
     colorize, distribute, evaluate, gaussian_latents, global_mean_count, is_main, learning_rate,
-    log_line, make_ema, make_optimizer, means, open_log, open_training_data, override,
+    log_line, means, open_log, open_training_data, override,
     postprocess, random_generator, require, resume_run, run_script, save_grid, save_run,
-    segments_of, setup_distributed, training_command, training_loader, training_steps,
-    update_weights,
+    segments_of, setup_distributed, training_command, training_loader, training_state,
+    training_steps, update_weights,
 )  # fmt: skip
 
 
@@ -113,9 +113,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     model = MaskAutoencoder(config).to(device, memory_format=torch.channels_last)
-    optimizer, ema = make_optimizer(model, config.ae_lr, config), make_ema(model, config.ema)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    state = training_state(model, config.ae_lr, config, args.amp, device)
     steps = config.ae_steps
     start, settings = resume_run(args, config, state, steps)
     if start >= steps:
@@ -138,7 +136,7 @@ def main(argv=None):
                 else:
                     loss, parts = ae_loss(logits, target, coords, config.points)
                 loss = loss + config.kl_weight * kl
-            scaler.scale(loss / args.accumulate).backward()
+            state["scaler"].scale(loss / args.accumulate).backward()
             history.append({"loss": loss.detach(), "kl": kl.detach(), **parts})
         lr = learning_rate(step, steps, config.ae_lr, config)
         failures = 0 if update_weights(state, lr, config.ae_clip) else failures + 1
@@ -150,7 +148,7 @@ def main(argv=None):
             log_line(log, step=done, lr=lr, **means(history))
             history.clear()
         if evaluating or stopping:
-            averaged = ema.module.eval()
+            averaged = state["ema"].module.eval()
             std = latent_std(averaged, stream, device)
             scaled = replace(config, mask_scale=config.mask_scale or config.mask_std / std)
             save_run(args.out, done, scaled, settings, state)

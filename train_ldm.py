@@ -20,10 +20,10 @@ import torch
 from ldmseg import (
     DIVERGED, IMAGE_ENCODERS, PRESETS, SD_VAE, SHIPPED, TASKS, LDMSeg, NoiseSchedule,
     TrainingStream, any_rank, colorize, distribute, evaluate, gaussian_latents, is_main,
-    learning_rate, load_model, log_line, make_ema, make_optimizer, means, open_log,
+    learning_rate, load_model, log_line, means, open_log,
     open_training_data, override, random_generator, reading, require, resume_run, run_script,
-    save_grid, save_run, setup_distributed, training_command, training_loader, training_steps,
-    update_weights,
+    save_grid, save_run, setup_distributed, training_command, training_loader, training_state,
+    training_steps, update_weights,
 )  # fmt: skip
 
 
@@ -203,9 +203,7 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     del run, autoencoders  # the model has copies
     config, steps = model.config, model.config.ldm_steps
-    optimizer, ema = make_optimizer(model, config.ldm_lr, config), make_ema(model, config.ema)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    state = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    state = training_state(model, config.ldm_lr, config, args.amp, device)
     start, settings = resume_run(args, config, state, steps)
     if start >= steps:
         return
@@ -224,7 +222,7 @@ def main(argv=None):
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             with autocast():  # Eq. 4
                 loss, error = net(eps=eps, t=t, self_condition=coin, **batch)
-            scaler.scale(loss / args.accumulate).backward()
+            state["scaler"].scale(loss / args.accumulate).backward()
             history.append({"loss": loss.detach(), "error": error})
         lr = learning_rate(step, steps, config.ldm_lr, config)
         failures = 0 if update_weights(state, lr, config.ldm_clip) else failures + 1
@@ -240,11 +238,11 @@ def main(argv=None):
         if stopping:
             raise KeyboardInterrupt(f"at step {done}, saved in {args.out}: same command goes on")
         if evaluating:
-            scores, rows = score(ema.module.eval(), val, config, device, autocast, args)
+            scores, rows = score(state["ema"].module.eval(), val, config, device, autocast, args)
             log_line(log, step=done, **scores, sampling_steps=config.eval_steps)
-            titles = ["image", "truth", "autoencoder alone", *config.known_tasks]
             if is_main():
-                save_grid(f"{args.out}/step{done:06d}.png", titles, rows)
+                save_grid(f"{args.out}/step{done:06d}.png",
+                          ["image", "truth", "autoencoder alone", *config.known_tasks], rows)
 
 
 if __name__ == "__main__":

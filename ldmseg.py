@@ -1824,9 +1824,10 @@ def save_run(out, step, config, settings, state):
     if is_main():
         for weights in (*state["model"].parameters(), *state["ema"].parameters()):
             require(weights.isfinite().all(), f"not finite at step {step}: {DIVERGED}")
-        save_weights(f"{out}/model.safetensors", state["ema"].module, config,
-                     f"{step} steps on {' '.join(settings['data'])}")
-        write_json(f"{out}/config.json", asdict(config))
+        if step:  # before the first one there is nothing to use
+            save_weights(f"{out}/model.safetensors", state["ema"].module, config,
+                         f"{step} steps on {' '.join(settings['data'])}")
+            write_json(f"{out}/config.json", asdict(config))
         content = {name: part.state_dict() for name, part in state.items()}
         latest = Path(out, "checkpoint.pt")  # written last: it vouches for all
         with replacing(latest) as temporary:

@@ -29,6 +29,7 @@ import difflib
 import json
 import math
 import os
+import re
 import signal
 import struct
 import sys
@@ -1239,10 +1240,13 @@ def draw_instances(segments, size):
             for xy in shape if isinstance(shape, list) else ():  # infinity would hang
                 fits = len(xy) >= 6 and np.abs(np.reshape(xy, (-1, 2))).max() < 1e6
                 require(fits, "expected three or more pairs x, y")
+            if isinstance(shape, dict):  # of another size it crashes, of another sum it shifts
+                whole = isinstance(shape["counts"], str) or sum(shape["counts"]) == math.prod(size)
+                require(whole and (*shape["size"],) == size, f"expected the {size} pixels of its "
+                        "image")
             rle = coco.annToRLE({"image_id": 0, "segmentation": shape})
             mask = masks[segment["id"]] = decode(rle) > 0  # undefined after the last run
-            fits = mask.shape == size and mask.sum() == area(rle)
-            require(fits, f"expected the {size} pixels of its image")
+            require(mask.sum() == area(rle), f"expected the {size} pixels of its image")
     for id in sorted(masks, key=lambda id: -masks[id].sum()):
         ids[masks[id]] = id
     return ids
@@ -1275,7 +1279,9 @@ def read_coco(path, categories=None, any_category=False):
     become segments 1, 2, ... of an annotation with "file_name" "". categories: those of
     segments (default: the file's), unless any_category."""
     with reading(path, "annotation file"):
-        data = json.loads(Path(path).read_text("utf-8-sig"))
+        data = json.loads(text := Path(path).read_text("utf-8-sig"))
+        if re.search(r"\\ud", text, re.I):  # half a character cannot be printed: an error
+            json.dumps(data, ensure_ascii=False).encode()
         annotations, listed = data.get("annotations", ()), data.get("categories", ())
         if not any("segments_info" in a for a in annotations):
             groups = defaultdict(list)
@@ -1338,9 +1344,10 @@ class PanopticDataset(Dataset):
             place = self.json_path.with_suffix("") / mask_name
             ids = rgb2id(read_image(place, exact=True))
         else:
+            listed = info.get("height", size[0]), info.get("width", size[1])
+            require(listed == size, f"{place}: {listed} pixels, expected {size}")
             with reading(place, "annotation"):
-                listed = info.get("height", size[0]), info.get("width", size[1])
-                ids = draw_instances(segments, listed)
+                ids = draw_instances(segments, size)
         require(ids.shape == size, f"{place}: {ids.shape} pixels, expected {size}")
         found = set(np.unique(ids).tolist()) - {VOID}
 

@@ -102,7 +102,7 @@ class Config:
     latent_channels: int = knob(8, "of the mask latents; paper: 4", WIDTH, "ae")
     latents: str = knob("deterministic", "kind (Fig. 8)", ("deterministic", "gaussian"), "ae")
     kl_weight: float = knob(0.0, "of the KL term of gaussian latents", AMOUNT, "ae")
-    points: int = knob(410, "per image (cross-entropy) or segment (mask)", COUNT, "ae")
+    points: int = knob(410, "per image (cross-entropy) or segment (mask)", (1, 1e6), "ae")
     ae_steps: int = knob(4500, "optimizer steps", COUNT, "ae")
     ae_batch: int = knob(16, "images per step", COUNT, "ae")
     ae_lr: float = knob(2e-3, "learning rate", AMOUNT, "ae")

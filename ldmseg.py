@@ -29,6 +29,7 @@ import difflib
 import json
 import math
 import os
+import re
 import signal
 import struct
 import sys
@@ -96,7 +97,7 @@ class Config:
     latent_channels: int = knob(8, "of the mask latents; paper: 4", WIDTH, "ae")
     latents: str = knob("deterministic", "kind (Fig. 8)", ("deterministic", "gaussian"), "ae")
     kl_weight: float = knob(0.0, "of the KL term of gaussian latents", AMOUNT, "ae")
-    points: int = knob(410, "per image (cross-entropy) or segment (mask)", COUNT, "ae")
+    points: int = knob(410, "per image (cross-entropy) or segment (mask)", (1, 1e6), "ae")
     ae_steps: int = knob(4500, "optimizer steps", COUNT, "ae")
     ae_batch: int = knob(16, "images per step", COUNT, "ae")
     ae_lr: float = knob(2e-3, "learning rate", AMOUNT, "ae")
@@ -1271,10 +1272,13 @@ def draw_instances(segments, size):
             for xy in shape if isinstance(shape, list) else ():  # infinity would hang
                 fits = len(xy) >= 6 and np.abs(np.reshape(xy, (-1, 2))).max() < 1e6
                 require(fits, "expected three or more pairs x, y")
+            if isinstance(shape, dict):  # of another size it crashes, of another sum it shifts
+                whole = isinstance(shape["counts"], str) or sum(shape["counts"]) == math.prod(size)
+                require(whole and (*shape["size"],) == size, f"expected the {size} pixels of its "
+                        "image")
             rle = coco.annToRLE({"image_id": 0, "segmentation": shape})
             mask = masks[segment["id"]] = decode(rle) > 0  # undefined after the last run
-            fits = mask.shape == size and mask.sum() == area(rle)
-            require(fits, f"expected the {size} pixels of its image")
+            require(mask.sum() == area(rle), f"expected the {size} pixels of its image")
     for id in sorted(masks, key=lambda id: -masks[id].sum()):
         ids[masks[id]] = id
     return ids
@@ -1307,7 +1311,9 @@ def read_coco(path, categories=None, any_category=False):
     become segments 1, 2, ... of an annotation with "file_name" "". categories: those of
     segments (default: the file's), unless any_category."""
     with reading(path, "annotation file"):
-        data = json.loads(Path(path).read_text("utf-8-sig"))
+        data = json.loads(text := Path(path).read_text("utf-8-sig"))
+        if re.search(r"\\ud", text, re.I):  # half a character cannot be printed: an error
+            json.dumps(data, ensure_ascii=False).encode()
         annotations, listed = data.get("annotations", ()), data.get("categories", ())
         if not any("segments_info" in a for a in annotations):
             groups = defaultdict(list)
@@ -1370,9 +1376,10 @@ class PanopticDataset(Dataset):
             place = self.json_path.with_suffix("") / mask_name
             ids = rgb2id(read_image(place, exact=True))
         else:
+            listed = info.get("height", size[0]), info.get("width", size[1])
+            require(listed == size, f"{place}: {listed} pixels, expected {size}")
             with reading(place, "annotation"):
-                listed = info.get("height", size[0]), info.get("width", size[1])
-                ids = draw_instances(segments, listed)
+                ids = draw_instances(segments, size)
         require(ids.shape == size, f"{place}: {ids.shape} pixels, expected {size}")
         found = set(np.unique(ids).tolist()) - {VOID}
 

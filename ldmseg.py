@@ -1798,8 +1798,9 @@ def save_run(out, step, config, settings, state):
     if is_main():
         for weights in (*state["model"].parameters(), *state["ema"].parameters()):
             require(weights.isfinite().all(), f"not finite at step {step}: {DIVERGED}")
-        save_weights(f"{out}/model.safetensors", state["ema"].module, config,
-                     f"{step} steps on {' '.join(settings['data'])}")
+        if step:  # a folder with weights and no checkpoint, as of a kill here, is not replaced
+            save_weights(f"{out}/model.safetensors", state["ema"].module, config,
+                         f"{step} steps on {' '.join(settings['data'])}")
         write_json(f"{out}/config.json", asdict(config))
         content = {name: part.state_dict() for name, part in state.items()}
         latest = Path(out, "checkpoint.pt")  # written last: it vouches for all
@@ -1864,8 +1865,8 @@ def open_log(args, device):
     require(not any_rank(problem, device), f"{args.out}: {problem or 'refused by rank 0'}")
     if is_main() and args.fresh:
         log.truncate(0)
-        for old in Path(args.out).glob("checkpoint*.pt"):
-            old.unlink()
+        for old in (*Path(args.out).glob("checkpoint*.pt"), Path(args.out, "model.safetensors")):
+            old.unlink(missing_ok=True)
     return log
 
 def convert_official(content, unet_config=None):

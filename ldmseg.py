@@ -1667,7 +1667,12 @@ def setup_distributed(device=None, amp=None):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # the nodes of several may count otherwise
+            # torchrun keeps its store over --max-restarts; addresses there are of dead processes
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
+                                world_size=world)
         atexit.register(dist.destroy_process_group)
     return device, partial(torch.autocast, device.type, AMP[amp], enabled=amp != "off")
 
@@ -1898,8 +1903,8 @@ def open_log(args, device):
     require(not any_rank(problem, device), f"{args.out}: {problem or 'refused by rank 0'}")
     if is_main() and args.fresh:
         log.truncate(0)
-        for old in Path(args.out).glob("checkpoint*.pt"):
-            old.unlink()
+        for old in (*Path(args.out).glob("checkpoint*.pt"), Path(args.out, "model.safetensors")):
+            old.unlink(missing_ok=True)
     return log
 
 def convert_official(content, unet_config=None):

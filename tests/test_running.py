@@ -192,6 +192,16 @@ def test_a_run_that_is_stopped_saves_and_the_same_command_ends_like_a_straight_o
     assert equal_weights(tmp_path, straight[stage])
 
 
+def test_a_run_killed_in_its_first_save_is_started_by_the_same_command(
+        command, tmp_path, monkeypatch):
+    flags = command("ae", tmp_path, "--limit", "1")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(torch, "save", Mock(side_effect=RuntimeError("killed")))
+        train_ae.main(flags)
+    train_ae.main(flags)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError])
 def test_a_bug_shows_its_traceback(command, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(train_ae, "ae_loss", Mock(side_effect=kind("a bug")))

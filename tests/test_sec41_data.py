@@ -493,7 +493,7 @@ DAMAGE = [
     (INSTANCES, shape({"size": [6, 9], "counts": [-1, 55]}), "image 4: segmentation *-1, 55"),
     (INSTANCES, shape({"size": [10**9] * 2, "counts": "73"}), "*expected the (6, 9) pixels"),
     (INSTANCES, shape({"size": [6, 9], "counts": [7, 3]}), "*expected the (6, 9) pixels"),
-    (INSTANCES, shape({"counts": [54]}), "image 4: segmentation {'counts': [[]54]}: not a readable"),
+    (INSTANCES, shape({"counts": [54]}), "image 4: segmentation {'counts': [[]54]}: not a read*"),
     (INSTANCES, shape(None), "image 4: segmentation None: a box without an outline"),
     (INSTANCES, lambda c: c["images"][1].update(height=60), "*(60, 9) pixels, expected (6, 9)"),
     (INSTANCES, lambda c: c["images"][1].update(file_name="a\ud800"), "not a readable annotation"),

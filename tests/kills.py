@@ -3,7 +3,7 @@
 Each row of KINDS trains a tiny configuration, is killed its share of COUNT (25) times and started
 again by the same command. Half of the kills come while a file is written, the others at any moment.
 At the end weights, averages and optimizer must have the bits of an undisturbed run, else exit code
-1. Of a killed torchrun the processes must end by themselves. Takes about 10 minutes.
+1. The processes of a killed torchrun must end alone. About a minute a kill on two busy cores.
 """
 
 import os

@@ -110,9 +110,9 @@ def pictures_of(record, drawn, task, has_truth):
     """A row of grid.png: image | truth | prediction | overlay."""
     if task == "depth":
         return [record["image"], colorize(drawn)]
-    truth = [record["ids"]] if has_truth else []
-    return [record["image"], *map(colorize, truth), colorize(drawn, *truth),
-            colorize(drawn, image=record["image"])]
+    truth = record["ids"] if has_truth else None
+    return [record["image"], *([colorize(truth)] if has_truth else []), colorize(drawn, truth),
+            colorize(drawn, truth, record["image"])]
 
 
 def picture_of(model, output, task, record):

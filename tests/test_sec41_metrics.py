@@ -294,6 +294,14 @@ def test_a_bad_file_is_named_in_one_line(small, complaint, case, workers):
     assert fnmatchcase(line, f"{small}/{message}*"), line
 
 
+def test_instances_are_no_files_to_compare(complaint, tmp_path):
+    write_json(tmp_path / "a.json", {
+        "images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 3}], "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 3, "segmentation": [[0, 0, 2, 0, 2, 2]]}]})
+    line = complaint(evaluate.main, "--gt", tmp_path / "a.json", "--pred", tmp_path / "a.json")
+    assert line.startswith(f"{tmp_path}/a.json: instances, without PNGs")
+
+
 def test_saved_samples_score_like_the_weights(data, tiny_run, tmp_path, evaluated):
     annotated, images = str(data / "annotations" / "panoptic_val.json"), str(data / "val")
     command = ["--weights", str(tiny_run.ldm), "--images", images, "--steps", "3", *ON_CPU]

@@ -1521,8 +1521,8 @@ class TrainingStream(Dataset):
             sample["known"] = torch.from_numpy(keep_blocks(sample["ids"], rng, block, rate))
         return sample
 
-def ignore_interrupts(_):  # Ctrl-C reaches loaders too, which end with their training
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_group(_):  # of processes: Ctrl-C and torchrun's SIGTERM reach the training alone
+    os.setpgrp()
 
 def training_loader(stream, batch_size, accumulate, start, stop, workers):
     """This rank's micro-batches of optimizer steps start..stop-1, `accumulate` each."""
@@ -1533,7 +1533,7 @@ def training_loader(stream, batch_size, accumulate, start, stop, workers):
     firsts = range(start * batch_size + rank * micro, stop * batch_size, world * micro)
     batches = (range(first, first + micro) for first in firsts)
     return DataLoader(stream, batch_sampler=batches, num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_interrupts)
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_group)
 
 # ========================================================================================
 # Part III. Running
@@ -1994,7 +1994,8 @@ def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None):
     rank, world = rank_and_world()
     indices = range(len(dataset))[:limit][rank::world]
     size = min(16, max(1, 2**20 // config.size**2))
-    loader = DataLoader(Subset(dataset, indices), size, num_workers=workers, collate_fn=list)
+    loader = DataLoader(Subset(dataset, indices), size, num_workers=workers, collate_fn=list,
+                        worker_init_fn=leave_group)
     for records in progress(loader, "predicting"):
         noise = [(seed, record["image_id"]) for record in records]
         generators = [random_generator(seed, "sample", id) for _, id in noise]

@@ -1483,7 +1483,7 @@ class TrainingStream(Dataset):
         self.on_bad_sample, self.bad = on_bad_sample, set()
 
     def first_readable(self, turn, indices):
-        for index in indices.tolist():
+        for index in map(int, indices):  # mostly the first: no list
             try:
                 return self.datasets[turn][index]
             except (UserError, FileNotFoundError) as error:

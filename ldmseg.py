@@ -1952,8 +1952,8 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
     """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one of
     SHIPPED ("photos": photographs; "tiny": generated scenes) or the authors' .pt files;
     `.config` is its Config, `.facts` a line about it. UserError unless a `kind`, and finite."""
-    file = Path(path) if Path(path).exists() else SHIPPED.get(str(path), Path(path))
-    file = file / "model.safetensors" if file.is_dir() else file
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+    file = file if file.exists() else SHIPPED.get(str(path), file)
     if file.suffix == ".pt":
         model = load_official(file)
     else:

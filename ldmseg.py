@@ -1760,10 +1760,10 @@ def update_weights(state, lr, max_norm):
 def means(batches):
     """Of [{"loss": scalar, ...}, ...] over batches and ranks, of what is finite; "skipped":
     how many, if any, were not."""
-    _, world = rank_and_world()
     batches = default_collate(batches)
     finite = batches["loss"].isfinite()
-    result = {name: sum_over_ranks(values[finite].mean() / world).item()
+    count = sum_over_ranks(finite.sum())
+    result = {name: (sum_over_ranks(values[finite].sum()) / count).item()
               for name, values in batches.items()}
     result["skipped"] = sum_over_ranks((~finite).sum()).item()
     return {name: value for name, value in result.items()

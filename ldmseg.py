@@ -1483,7 +1483,7 @@ class TrainingStream(Dataset):
         self.on_bad_sample, self.bad = on_bad_sample, set()
 
     def first_readable(self, turn, indices):
-        for index in indices.tolist():
+        for index in map(int, indices):  # mostly the first: no list
             try:
                 return self.datasets[turn][index]
             except (UserError, FileNotFoundError) as error:
@@ -1521,8 +1521,8 @@ class TrainingStream(Dataset):
             sample["known"] = torch.from_numpy(keep_blocks(sample["ids"], rng, block, rate))
         return sample
 
-def ignore_interrupts(_):  # Ctrl-C reaches loaders too, which end with their training
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_group(_):  # of processes: Ctrl-C and torchrun's SIGTERM reach the training alone
+    os.setpgrp()
 
 def training_loader(stream, batch_size, accumulate, start, stop, workers):
     """This rank's micro-batches of optimizer steps start..stop-1, `accumulate` each."""
@@ -1533,7 +1533,7 @@ def training_loader(stream, batch_size, accumulate, start, stop, workers):
     firsts = range(start * batch_size + rank * micro, stop * batch_size, world * micro)
     batches = (range(first, first + micro) for first in firsts)
     return DataLoader(stream, batch_sampler=batches, num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_interrupts)
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_group)
 
 # ========================================================================================
 # Part III. Running
@@ -1760,10 +1760,10 @@ def update_weights(state, lr, max_norm):
 def means(batches):
     """Of [{"loss": scalar, ...}, ...] over batches and ranks, of what is finite; "skipped":
     how many, if any, were not."""
-    _, world = rank_and_world()
     batches = default_collate(batches)
     finite = batches["loss"].isfinite()
-    result = {name: sum_over_ranks(values[finite].mean() / world).item()
+    count = sum_over_ranks(finite.sum())
+    result = {name: (sum_over_ranks(values[finite].sum()) / count).item()
               for name, values in batches.items()}
     result["skipped"] = sum_over_ranks((~finite).sum()).item()
     return {name: value for name, value in result.items()
@@ -1952,8 +1952,8 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
     """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one of
     SHIPPED ("photos": photographs; "tiny": generated scenes) or the authors' .pt files;
     `.config` is its Config, `.facts` a line about it. UserError unless a `kind`, and finite."""
-    file = Path(path) if Path(path).exists() else SHIPPED.get(str(path), Path(path))
-    file = file / "model.safetensors" if file.is_dir() else file
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+    file = file if file.exists() else SHIPPED.get(str(path), file)
     if file.suffix == ".pt":
         model = load_official(file)
     else:
@@ -1994,7 +1994,8 @@ def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None):
     rank, world = rank_and_world()
     indices = range(len(dataset))[:limit][rank::world]
     size = min(16, max(1, 2**20 // config.size**2))
-    loader = DataLoader(Subset(dataset, indices), size, num_workers=workers, collate_fn=list)
+    loader = DataLoader(Subset(dataset, indices), size, num_workers=workers, collate_fn=list,
+                        worker_init_fn=leave_group)
     for records in progress(loader, "predicting"):
         noise = [(seed, record["image_id"]) for record in records]
         generators = [random_generator(seed, "sample", id) for _, id in noise]

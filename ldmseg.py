@@ -304,6 +304,8 @@ def require_memory(config):
     one mask, all float32, would not fit in the machine's memory."""
     squares = [width**2 for width in config.ae_widths + config.unet_widths * config.unet_layers]
     needed = 4 * (9 * sum(squares) + config.ae_widths[0] * config.size**2)
+    if not hasattr(os, "sysconf"):  # Windows
+        return
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     require(needed < there, f"this Config needs {needed / 2**30:.0f} GiB at least, this machine "
             f"has {there / 2**30:.0f}; expected a smaller size, fewer layers or widths")
@@ -1421,8 +1423,8 @@ def open_dataset(data, split, images, size, kind, depth=False):
             f"{list(file_of)}, from annotations/panoptic_*.json, instances_*.json or a COCO "
             "JSON in it; or --data a JSON, and --images")
     folders = [path / found[0], path / "images" / found[0],
-               *sorted(path.glob(f"{found[0]}*")), path / "images", path]
-    folder = next(f for f in folders if f.is_dir() and not f.name.endswith("_depth"))
+               *sorted(path.glob(f"{found[0]}[!_]*")), path / "images", path]
+    folder = next(f for f in folders if f.is_dir())
     return PanopticDataset(file_of[found[0]], images or folder, depth)
 
 # ---- 13. What the model sees of a record, and the order of training --------------------
@@ -1482,10 +1484,10 @@ class TrainingStream(Dataset):
         self.datasets, self.config, self.seed = datasets, config, seed
         self.on_bad_sample, self.bad = on_bad_sample, set()
 
-    def first_readable(self, turn, indices):
+    def first_prepared(self, turn, indices, rng, task):
         for index in map(int, indices):  # mostly the first: no list
             try:
-                return self.datasets[turn][index]
+                return prepare(self.datasets[turn][index], self.config, rng, True, task)
             except (UserError, FileNotFoundError) as error:
                 if self.on_bad_sample == "error":
                     raise
@@ -1500,16 +1502,16 @@ class TrainingStream(Dataset):
         return rng.permutation(len(self.datasets[turn]))
 
     def __getitem__(self, position):
-        # whose turn is it, and which record?
+        # whose turn is it, and which record first?
         config, generator = self.config, partial(random_generator, self.seed, position=position)
         number, turn = divmod(position, len(self.datasets))
         epoch, place = divmod(number, len(self.datasets[turn]))
-        record = self.first_readable(turn, np.roll(self.order(turn, epoch), -place))
+        indices = np.roll(self.order(turn, epoch), -place)
 
         # the sample of a random task
         tasks = config.trained_tasks
         task = int(generator("task").integers(len(tasks)))
-        sample = prepare(record, config, generator("sample"), True, tasks[task])
+        sample = self.first_prepared(turn, indices, generator("sample"), tasks[task])
         sample |= {"position": position} | ({"task": task} if config.tasks else {})
 
         # blocks of the mask are given, in a share of the samples
@@ -1628,9 +1630,11 @@ def override(config, assignments, stage):
 def open_training_data(args, config):
     """The training sets of --data, and the evaluated split of the last."""
     require(not args.images or args.data[-1].endswith(".json"), "--images needs a JSON")
-    options = dict(images=args.images, size=config.size, depth=config.needs_depth)
-    train = [open_dataset(d, args.train_split, kind="train", **options) for d in args.data]
-    val = open_dataset(args.data[-1], args.split, kind="val", **options)
+    def opened(data, split, kind):
+        images = args.images if data.endswith(".json") else None
+        return open_dataset(data, split, images, config.size, kind, config.needs_depth)
+    train = [opened(data, args.train_split, "train") for data in args.data]
+    val = opened(args.data[-1], args.split, "val")
     alike = all(one.categories == val.categories for one in train)
     require(alike or "semantic" not in config.tasks,
             f"--data {' '.join(args.data)}: different categories with --tasks semantic")
@@ -1868,8 +1872,8 @@ def resume_run(args, config, state, steps):
     or 0, and the settings that a resumed run must share."""
     settings = {k: v for k, v in (vars(args) | asdict(config)).items() if k not in FREE}
     checkpoint = None if args.fresh else load_checkpoint(args.out)
-    everywhere = any_rank(checkpoint, next(state["model"].parameters()).device)
-    require(bool(checkpoint) == everywhere,
+    anywhere = any_rank(checkpoint, next(state["model"].parameters()).device)
+    require(bool(checkpoint) == anywhere,
             f"{args.out}: only some processes see its checkpoint")
     if not checkpoint:
         return 0, settings

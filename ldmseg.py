@@ -654,6 +654,7 @@ class DINOv2Encoder(nn.Module):
         self.channels, self.scale = shape.hidden_size, 1.0
 
     def forward(self, image):
+        """Images (B, 3, 8 h, 8 w) in [-1, 1] -> tokens (B, channels, h, w)."""
         h, w, patch = image.shape[-2] // 8, image.shape[-1] // 8, self.layers.config.patch_size
         image = F.interpolate(image, (patch * h, patch * w), mode="bilinear", antialias=True)
         mean, std = (image.new_tensor(values).view(3, 1, 1)
@@ -1485,6 +1486,7 @@ class TrainingStream(Dataset):
         self.on_bad_sample, self.bad = on_bad_sample, set()
 
     def first_prepared(self, turn, indices, rng, task):
+        """The sample of the first of these records of a data set that can be read."""
         for index in map(int, indices):  # mostly the first: no list
             try:
                 return prepare(self.datasets[turn][index], self.config, rng, True, task)

@@ -1412,6 +1412,7 @@ def open_dataset(data, split, images, size, kind, depth=False):
         return PanopticDataset(data, images, depth)
 
     # COCO and CVAT; Roboflow; labelme, Label Studio
+    require(path.is_dir(), f"--data {data}: no such folder, and no JSON")
     for pattern in ("annotations/panoptic_*.json", "annotations/instances_*.json",
                     "*/_annotations.coco.json", "*.json"):
         if files := sorted(path.glob(pattern)):
@@ -1606,7 +1607,7 @@ def training_command(description, stage, model_flags):
     for name, f in stage_fields(stage).items():
         value = ",".join(map(str, f.default)) if f.type is tuple else f.default
         between, allowed = ", " if f.type is str else " to ", f.metadata["allowed"] or ["any"]
-        allowed = between.join(map(str, allowed))
+        allowed = between.join(a if isinstance(a, str) else f"{a:g}" for a in allowed)
         lines.append(f"  {f'{name}={value}':34} {f.metadata['help']} ({allowed})")
     data = {"--data": dict(help="shapes (generated), COCO-layout folders or COCO JSONs",
                            nargs="+", default=["shapes"]),
@@ -1652,7 +1653,7 @@ def run_script(main):
         print(message.rpartition(f"{type(error).__name__}: ")[2], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted {interrupt}", file=sys.stderr)
+        print(f"interrupted {interrupt}".strip(), file=sys.stderr)
         sys.exit(130)
 
 # ---- 15. Devices and ranks, optimizer --------------------------------------------------

@@ -190,7 +190,7 @@ def test_the_named_split_is_opened_or_the_only_one_of_its_kind(
 
 @pytest.mark.parametrize("annotations, images, kind, message", [
     (FOLDER, None, "val", "--split test, expected one of .*'train', 'val'"),
-    ("nowhere", None, "train", "nowhere: --train-split test, expected one of "),
+    ("nowhere", None, "train", "nowhere: no such folder, and no JSON"),
     (ONE, "val", "train", "panoptic_val.json: .* --train-split .*{split}"),
     (EACH, "{split}", "val", "panoptic_test.json: no such annotation file")])
 def test_a_split_that_is_not_there_is_named(data, annotations, images, kind, message):

@@ -506,11 +506,11 @@ def merge_panoptic(instance_logits, semantic_logits, size, isthing, *thresholds)
 
 def segments_of(ids, category_of=()):
     """COCO's segments_info of a map (H, W). category_of: {id: category}, by default 1."""
-    segments = []
+    segments, category_of = [], dict(category_of)
     for id in np.setdiff1d(ids, [VOID]).tolist():
         inside = ids == id
         x, y = np.flatnonzero(inside.any(0)).tolist(), np.flatnonzero(inside.any(1)).tolist()
-        segments.append({"id": id, "category_id": dict(category_of).get(id, 1),
+        segments.append({"id": id, "category_id": category_of.get(id, 1),
                          "area": int(inside.sum()), "iscrowd": 0,
                          "bbox": [x[0], y[0], x[-1] - x[0] + 1, y[-1] - y[0] + 1]})
     return segments
@@ -1486,9 +1486,10 @@ class TrainingStream(Dataset):
         self.datasets, self.config, self.seed = datasets, config, seed
         self.on_bad_sample, self.bad = on_bad_sample, set()
 
-    def first_prepared(self, turn, indices, rng, task):
-        """The sample of the first of these records of a data set that can be read."""
-        for index in map(int, indices):  # mostly the first: no list
+    def first_prepared(self, turn, order, place, rng, task):
+        """The sample of the first record that can be read, in the data set's order from place."""
+        for step in range(len(order)):
+            index = int(order[(place + step) % len(order)])
             try:
                 return prepare(self.datasets[turn][index], self.config, rng, True, task)
             except (UserError, FileNotFoundError) as error:
@@ -1497,7 +1498,7 @@ class TrainingStream(Dataset):
                 if (turn, index) not in self.bad:
                     self.bad.add((turn, index))
                     print(f"skipped, number {len(self.bad)}: {error}", file=sys.stderr)
-        raise UserError(f"none of {len(indices)} samples can be read, expected one")
+        raise UserError(f"none of {len(order)} samples can be read, expected one")
 
     @lru_cache(maxsize=8)
     def order(self, turn, epoch):
@@ -1509,12 +1510,12 @@ class TrainingStream(Dataset):
         config, generator = self.config, partial(random_generator, self.seed, position=position)
         number, turn = divmod(position, len(self.datasets))
         epoch, place = divmod(number, len(self.datasets[turn]))
-        indices = np.roll(self.order(turn, epoch), -place)
+        order = self.order(turn, epoch)
 
         # the sample of a random task
         tasks = config.trained_tasks
         task = int(generator("task").integers(len(tasks)))
-        sample = self.first_prepared(turn, indices, generator("sample"), tasks[task])
+        sample = self.first_prepared(turn, order, place, generator("sample"), tasks[task])
         sample |= {"position": position} | ({"task": task} if config.tasks else {})
 
         # blocks of the mask are given, in a share of the samples
@@ -1832,7 +1833,7 @@ def save_weights(path, model, config, facts="", dtype=torch.float32):
     """Write safetensors that `load_model` reads. facts: a line about the weights to tell."""
     tensors = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     about = {"model": type(model).__name__, "config": asdict(config), "facts": facts}
-    about["crc32"] = checksum(json.loads(json.dumps(about)), tensors)
+    about["crc32"] = checksum(about, tensors)
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata={"ldmseg": json.dumps(about)}))
 

@@ -100,9 +100,9 @@ def write_result(out, record, drawn, segments):
 
 def small_copy(record, width=384):
     """The record for pictures: of an image of many megapixels a smaller one."""
-    height, own_width = record["image"].shape[:2]
-    width = min(width, own_width)
-    size = max(1, round(width * height / own_width)), width
+    height, full_width = record["image"].shape[:2]
+    width = min(width, full_width)
+    size = max(1, round(width * height / full_width)), width
     return record | {name: resize_nearest(record[name], size) for name in ("image", "ids")}
 
 

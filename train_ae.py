@@ -79,7 +79,7 @@ def score(autoencoder, val, config, device, args):
     def reconstruct(batch):
         logits = autoencoder.reconstruct(batch[config.target])
         for truth, one in zip(batch["ids"].cpu().numpy(), logits) if task == "instance" else ():
-            ids = postprocess(one, truth.shape, 0, 0).cpu().numpy()
+            ids = postprocess(one, truth.shape, 0, 0).numpy()
             by_id.update(truth, segments_of(truth, own_id), ids, segments_of(ids, own_id))
         return {task: logits}
 

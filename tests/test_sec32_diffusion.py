@@ -330,7 +330,7 @@ def test_ddim_and_ddpm_equal_diffusers(stub_model, monkeypatch, eta, prediction,
         z_t, x0 = step.prev_sample, step.pred_original_sample
         expected.append(x0)
     model = stub_model(mixing_unet, prediction=prediction)
-    model.encode_image, model.decode = lambda image: z_image, lambda z, task: z
+    model.encode_image, model.decode = lambda image: z_image, lambda z, *_: z
     every = torch.stack(model.sample(z_image, [(0, 0), (0, 1)], steps, eta, return_all=True))
     assert relative_error(every, torch.stack(expected)) < 1e-4
     assert relative_error(every[-1], z_t) < 1e-4
@@ -340,7 +340,7 @@ def test_with_matched_ids_the_first_noise_stays(stub_model, monkeypatch):
     z_image, eps, x0 = gaussian(2, 16, 4, 4, seed=1), gaussian(2, 4, 4, 4), torch.zeros(2, 4, 4, 4)
     monkeypatch.setattr(ldmseg, "gaussian_latents", lambda *_: eps)
     model, expected = stub_model(mixing_unet, ids="matched", sampling_power=2.0), []
-    model.encode_image, model.decode = lambda image: z_image, lambda z, task: z
+    model.encode_image, model.decode = lambda image: z_image, lambda z, *_: z
     for t in (999, 937, 749, 437):
         alpha_bar = model.schedule.alpha_bar[t]
         z_t = eps if t == 999 else alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps

@@ -26,6 +26,7 @@ import argparse
 import atexit
 import colorsys
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -637,6 +638,15 @@ class CosineSchedule(NoiseSchedule):
         t = torch.as_tensor(t, device=self.alpha_bar.device) / self.T
         return ((t + 0.0002) / 1.00025 * (math.pi / 2)).cos().square()
 
+def noise_and_timesteps(positions, config, seed, device):
+    """eps (B, 4, h, w) and t int64 (B,), of pixels float, of samples at these positions."""
+    positions, T = positions.tolist(), NoiseSchedule.T
+    noise = [random_generator(seed, "noise", p) for p in positions]
+    draws = [random_generator(seed, "timestep", p).random() for p in positions]
+    past = [T * draw**config.timestep_power for draw in draws]  # since T
+    t = [T - x if config.in_pixels else T - 1 - int(x) for x in past]
+    return gaussian_latents(noise, config, device), torch.tensor(t, device=device)
+
 # ---- 8. The UNet on concatenated latents, the image encoders (Sec. 3.2) ----------------
 
 def build_unet(config, image_channels):
@@ -883,12 +893,13 @@ class LDMSeg(nn.Module):
         return (output - target).square().mean(1), self.loss_weights[t].view(-1, 1, 1)
 
     def diffusion_loss(self, image, ids, eps, t, self_condition, known=None, previous=None,
-                       task=0, depth=None):
+                       task=0, depth=None, z_image=None):
         """Eq. 4: squared error of the prediction (eps or v), weighted by timestep; and without
         weights. image (B, 3, H, W), ids int64, known bool, depth (B, H, W), eps (B, 4, h, w)
         Gaussian, t, task (places in config.tasks) int64 (B,). self_condition: feed a first
         estimate of x0 (Sec. 4.1, Analog Bits); known: feed these pixels, for `inpaint`;
-        previous: feed these ids of the frame before (VOID: there is none), for videos. NOTE:
+        previous: feed these ids of the frame before (VOID: there is none), for videos; z_image:
+        the image's latents, where a cache has them. NOTE:
         paper: a sum over C, h, w, a mean over images; here a mean over all cells that are not
         VOID, because the learning rate then fits all sizes, and VOID has no truth."""
         # each segment takes the id that its noise favours; classes have one answer already, and
@@ -905,7 +916,7 @@ class LDMSeg(nn.Module):
 
         # z_t = f_t(y) * s; z_i = f_i(x) * s
         x0, valid = self.clean_latents(ids, depth, task)
-        z_image = self.encode_image(image)
+        z_image = self.encode_image(image) if z_image is None else z_image
 
         # z_t = scheduler.add_noise(z_t, noise, j)
         z_t = self.schedule.add_noise(x0, eps, t)
@@ -1947,8 +1958,8 @@ OFFICIAL_PARTS = {"vae": "", "vae_semseg": "autoencoder.", "unet": "unet.",
 OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1",  # and the names of an old diffusers
                 "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # of flags and Config, what a resumed run may change
-FREE = """accumulate amp device eval_every fresh limit on_bad_sample out set split workers
-          ae_steps ldm_steps eval_steps sampling_power checkpointing compile zero""".split()
+FREE = """accumulate amp cache_latents device eval_every fresh limit on_bad_sample out set split
+          workers ae_steps ldm_steps eval_steps sampling_power checkpointing compile zero""".split()
 
 @contextmanager
 def writing(path):
@@ -2073,6 +2084,45 @@ def open_log(args, device):
         for old in (*Path(args.out).glob("checkpoint*.pt"), Path(args.out, "model.safetensors")):
             old.unlink(missing_ok=True)
     return log
+
+class LatentCache:
+    """Latents of a frozen image encoder, float16, of the images that it has seen, which a hash
+    tells apart: in memory, where place is "ram", or in a folder, one for each encoder."""
+
+    def __init__(self, model, place):
+        encoder, self.model, self.latents = model.image_encoder, model, {}
+        frozen = not any(p.requires_grad for p in encoder.parameters())
+        require(frozen, "--cache-latents: expected a frozen image encoder, sd or dinov2")
+        tensors = {name: t.cpu().contiguous() for name, t in encoder.state_dict().items()}
+        number = checksum(model.config.image_scale or encoder.scale, tensors)
+        self.folder = Path(place, f"{number:08x}") if place != "ram" else None
+
+    def __call__(self, images):
+        """Images (B, 3, H, W) -> z_image (B, C, h, w) as `LDMSeg.encode_image`, on the CPU."""
+        keys = [hashlib.blake2b(image.numpy(), digest_size=16).hexdigest() for image in images]
+        found = [self.load(key) for key in keys]
+        missing = [i for i, z in enumerate(found) if z is None]
+        if missing:
+            with torch.no_grad():
+                encoded = self.model.encode_image(images[missing].to(self.model.device))
+            for i, z in zip(missing, encoded.half().cpu().numpy()):
+                self.store(keys[i], z)
+                found[i] = z
+        return torch.from_numpy(np.stack(found)).float()
+
+    def load(self, key):
+        if not self.folder:
+            return self.latents.get(key)
+        path = self.folder / f"{key}.npy"
+        with reading(path, "array; delete this file"):
+            return np.load(path) if path.exists() else None
+
+    def store(self, key, z):
+        if not self.folder:
+            self.latents[key] = z
+            return
+        with replacing(self.folder / f"{key}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, z)
 
 def convert_official(content, unet_config=None):
     """Config and tensors, in our names, of the authors' {part: {key: tensor}}: "vae", or

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 
 from ldmseg import (
-    DIVERGED, IMAGE_ENCODERS, PRESETS, SD_VAE, SHIPPED, TASKS, LDMSeg, NoiseSchedule, Pix2SeqD,
-    TrainingStream, any_rank, colorize, distribute, evaluate, gaussian_latents, is_main,
-    learning_rate, load_model, log_line, means, open_log, open_training_data, override,
-    random_generator, reading, require, resume_run, run_script, save_grid, save_run,
-    setup_distributed, training_command, training_loader, training_state, training_steps,
-    update_weights,
+    DIVERGED, IMAGE_ENCODERS, PRESETS, SD_VAE, SHIPPED, TASKS, LatentCache, LDMSeg, Pix2SeqD,
+    TrainingStream, any_rank, colorize, distribute, evaluate, is_main, learning_rate, load_model,
+    log_line, means, noise_and_timesteps, open_log, open_training_data, override, random_generator,
+    reading, require, resume_run, run_script, save_grid, save_run, setup_distributed,
+    training_command, training_loader, training_state, training_steps, update_weights,
 )  # fmt: skip
 
 
@@ -36,7 +35,9 @@ def parse(argv):
                      "(default of preset paper), a run, photos or tiny (whose Config --set then "
                      "changes), or none: random weights"),
         "--image-encoder": dict(choices=IMAGE_ENCODERS, help="patch: trained; frozen: sd, dinov2, "
-                                "lite0 (default: preset paper sd, else patch)")}).parse_args(argv)
+                                "lite0 (default: preset paper sd, else patch)"),
+        "--cache-latents": dict(metavar="DIR", help="keep those of images of a frozen encoder, "
+                                "float16, in this folder, or ram")}).parse_args(argv)
     args.sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
     return args
 
@@ -164,16 +165,6 @@ def build_model(config, autoencoders, sd, run=None):
     return model
 
 
-def noise_and_timesteps(positions, config, seed, device):
-    """eps (B, 4, h, w) and t int64 (B,) of samples at these positions of the stream."""
-    positions, T = positions.tolist(), NoiseSchedule.T
-    noise = [random_generator(seed, "noise", p) for p in positions]
-    draws = [random_generator(seed, "timestep", p).random() for p in positions]
-    past = [T * draw**config.timestep_power for draw in draws]  # since T
-    t = [T - x if config.in_pixels else T - 1 - int(x) for x in past]
-    return gaussian_latents(noise, config, device), torch.tensor(t, device=device)
-
-
 def score(model, val, config, device, autocast, args):
     """Scores of samples, and rows: image | truth | autoencoder alone | predictions."""
     run = partial(evaluate, dataset=val, config=config, device=device, pictures=6,
@@ -215,6 +206,7 @@ def main(argv=None):
     log = open_log(args, device)
     if not start:
         save_run(args.out, 0, config, settings, state)
+    cache = LatentCache(model, args.cache_latents) if args.cache_latents else None
     net, history, batches, failures = distribute(model), [], iter(loader), 0
     for step, interrupts in training_steps(start, steps, "stage 2"):
         # one coin per optimizer step, the same on all ranks
@@ -223,8 +215,10 @@ def main(argv=None):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
             eps, t = noise_and_timesteps(batch.pop("position"), config, args.seed, device)
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             with autocast():  # Eq. 4
+                if cache:
+                    batch["z_image"] = cache(batch["image"])
+                batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
                 loss, error = net(eps=eps, t=t, self_condition=coin, **batch)
             state["scaler"].scale(loss / args.accumulate).backward()
             history.append({"loss": loss.detach(), "error": error})

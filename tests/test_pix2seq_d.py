@@ -11,10 +11,10 @@ import sample
 import torch
 import torch.nn.functional as F
 import train_ldm
-from conftest import ON_CPU, TINY_LDM, ConvUNet, StubUNet, gaussian, small_config
+from conftest import ON_CPU, TINY_LDM, StubUNet, gaussian, small_config
 from ldmseg import (
-    LDMSeg, Pix2SeqD, PRESETS, ShapeScenes, TrainingStream, UserError, int2bits, load_model,
-    most_probable, override, prepare, read_image, resize_nearest, rgb2id, update_weights, write_png,
+    PRESETS, LDMSeg, Pix2SeqD, ShapeScenes, TrainingStream, UserError, int2bits, load_model,
+    most_probable, override, read_image, resize_nearest, rgb2id, update_weights, write_png,
 )  # fmt: skip
 
 PIXELS = ["space=pixels", "bits=3", *TINY_LDM]

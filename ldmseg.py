@@ -11,11 +11,12 @@ at part II if you came for it. Part II: data and metrics; part III: flags, ranks
     Eq. 1  p(y | z_t, z_i) p(z_t)        the two stages: train_ae.py, train_ldm.py
     Eq. 2  autoencoder loss              ae_loss (weight decay: make_optimizer)
     Eq. 3  forward process               NoiseSchedule.add_noise, inverse: .predict_x0
-    Eq. 4  noise loss (Alg. 1)           LDMSeg.diffusion_loss, NoiseSchedule.weights
+    Eq. 4  noise loss (Alg. 1)           LDMSeg.diffusion_loss, .errors, NoiseSchedule.weights
            ids of its segments           match_ids, LDMSeg.match_to
     Eq. 5  DDIM step                     NoiseSchedule.step
     Alg. 2 sampling; Alg. 3 inpainting   LDMSeg.sample; LDMSeg.inpaint
     Supp. A post-processing; tasks       postprocess, merge_panoptic; LDMSeg.predict
+    Pix2Seq-D, the closest relative      Pix2SeqD, AnalogBits, CosineSchedule
 
 Shapes: B batch, C channels, H W pixels, h w = H/8 W/8 latent cells, N ids, S segments, P
 points. Ids: int64 in [0, N-1]; 0 is VOID (unlabelled: never a target, never counted).
@@ -1092,8 +1093,8 @@ class Pix2SeqD(LDMSeg):
 
     def encode_known(self, ids, known):  # a cell is a pixel; any known one counts
         ids = F.max_pool2d((ids * known).float(), 4).long()  # the largest id
-        z_known = F.embedding(ids, self.autoencoder.codes).permute(0, 3, 1, 2)
-        return z_known, (ids != VOID)[:, None], (ids != VOID)[:, None]
+        there = (ids != VOID)[:, None]
+        return self.encode_mask(ids), there, there
 
     def decode(self, z, task="instance", output=None):  # -> logits (B, N, H/4, W/4)
         return output if self.config.pixel_loss == "ce" else self.autoencoder.decode(z)

@@ -1384,7 +1384,8 @@ class PanopticDataset(Dataset):
             with reading(place, "annotation"):
                 ids = draw_instances(segments, size)
         require(ids.shape == size, f"{place}: {ids.shape} pixels, expected {size}")
-        found = set(np.unique(ids).tolist()) - {VOID}
+        first_of_runs = np.append(ids[:, 0], ids[:, 1:][ids[:, 1:] != ids[:, :-1]])  # few pixels
+        found = set(np.unique(first_of_runs).tolist()) - {VOID}
 
         # a PNG has all ids of its JSON, instances may be hidden
         only_one = sorted(found ^ {s["id"] for s in segments})[:5]
@@ -1462,11 +1463,12 @@ def prepare(record, config, rng, augment, task="instance"):
         place = {c["id"]: i for i, c in enumerate(json.loads(config.categories), start=1)}
         ids = np.array([VOID, *(place[s["category_id"]] for s in segments)])[ids]
     else:
-        areas = np.bincount(ids[ids != VOID])
+        areas = np.bincount(ids.ravel(), minlength=len(segments) + 1)
+        areas[VOID] = 0
         largest = np.argsort(-areas, kind="stable")[: config.num_ids - 1]
         least = max(config.min_segment, 1) if augment else 1
-        ids = compact_ids(ids, largest[areas[largest] >= least])
-        ids = random_relabel(ids, config.num_ids, rng)
+        new_ids = compact_ids(np.arange(len(areas)), largest[areas[largest] >= least])
+        ids = random_relabel(new_ids, config.num_ids, rng)[ids]
     sample["ids"] = torch.from_numpy(ids.astype(np.int64))
     return {name: part.flip(-1) if flip else part for name, part in sample.items()}
 

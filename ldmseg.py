@@ -264,10 +264,12 @@ def compact_ids(ids, listed):
     """NumPy ids of any size -> 1 + their index in the list `listed`; 0 if not in it."""
     if len(listed) == 0:
         return np.zeros(np.shape(ids), np.int64)
-    order = np.argsort(listed)
-    rank = np.searchsorted(listed, ids, sorter=order)  # in the sorted list
+    flat, order = np.ravel(ids), np.argsort(listed)
+    start = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)  # of runs: fewer than pixels
+    rank = np.searchsorted(listed, flat[start], sorter=order)  # in the sorted list
     place = order[rank.clip(max=len(order) - 1)]
-    return np.where(np.asarray(listed)[place] == ids, place + 1, 0)
+    found = np.where(np.asarray(listed)[place] == flat[start], place + 1, 0)
+    return found.repeat(np.diff(start, append=flat.size)).reshape(np.shape(ids))
 
 def random_relabel(ids, num_ids, generator):
     """Random distinct ids for the segments of NumPy ids in [0, N-1]; VOID stays."""

@@ -262,6 +262,7 @@ def cost(make_step, *arguments):
     """CPU seconds of a step, and the MiB by which it made this process grow."""
     torch.set_num_threads(1)
     step = make_step(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
     before, start = status("VmRSS"), time.process_time()
     step()
     return time.process_time() - start, status("VmHWM") - before
@@ -362,8 +363,7 @@ def growth():
     middle = {"size": 256, "bits": 7, "segments": 20, "batch": 1}
     others = {"size": (512, 768), "bits": (5, 8), "segments": (5, 80), "batch": (4,)}
     points = [middle] + [middle | {name: v} for name, values in others.items() for v in values]
-    print("pixels  ids  segments  batch | stage 1            | stage 2            |",
-          "10 steps of sampling")
+    print("pixels  ids  segments  batch | stage 1, stage 2, 10 steps of sampling")
     for point in points:
         row = "{size:6} {ids:4} {segments:9} {batch:6}".format(ids=2 ** point["bits"], **point)
         for kind in ("stage 1", "stage 2", "sampling"):

@@ -26,6 +26,7 @@ import argparse
 import atexit
 import colorsys
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -91,7 +92,7 @@ class Config:
     min_segment: int = knob(10, "smaller segments (pixels) are VOID in training", AMOUNT)
     # stage 1
     target: str = knob("ids", "what it compresses", ("ids", "depth"), None)
-    bits: int = knob(4, "N = 2 ** bits ids, VOID included", (1, 10), "ae")
+    bits: int = knob(4, "N = 2 ** bits ids, VOID included", (1, 10))
     codes: str = knob("bit", "of ids (Table S1)", ("bit", "colour", "positional"), "ae")
     ae_widths: tuple = knob((16, 32, 64, 128), "channels at 1/1 to 1/8", WIDTH, "ae")
     latent_channels: int = knob(8, "of the mask latents; paper: 4", WIDTH, "ae")
@@ -103,6 +104,11 @@ class Config:
     ae_lr: float = knob(2e-3, "learning rate", AMOUNT, "ae")
     ae_clip: float = knob(3.0, "highest gradient norm", ABOVE_0, "ae")
     # stage 2
+    space: str = knob("latents", "pixels: Pix2Seq-D", ("latents", "pixels"), "ldm")
+    bits_scale: float = knob(0.1, "of pixels: b of the bits -b, b", ABOVE_0, "ldm")
+    pixel_loss: str = knob("ce", "of pixels", ("ce", "l2"), "ldm")
+    loss_power: float = knob(0.2, "of pixels: weights 1 / area ** p", SHARE, "ldm")
+    td: float = knob(1.0, "of pixels: steps that the next time is ahead", (0, 10), "ldm")
     ids: str = knob("matched", "of segments: what the noise favours", ("matched", "random"), "ldm")
     timestep_power: float = knob(1.0, "1: uniform; above 1: more near T", (1, 8), "ldm")
     mask_scale: float = knob(0.0, "factor s of mask latents; 0: gives mask_std", AMOUNT, "ldm")
@@ -113,6 +119,7 @@ class Config:
     loss_weights: str = knob("paper", "over time", ("paper", "released", "none"), "ldm")
     self_condition: float = knob(0.5, "share of self-conditioned steps", SHARE, "ldm")
     given_share: float = knob(0.0, "share of samples with given blocks", SHARE, "ldm")
+    previous: float = knob(0.0, "share of samples with the frame before", SHARE, "ldm")
     tasks: tuple = knob((), "several, told apart by an embedding (Supp. A)", TASKS, None)
     task_width: int = knob(64, "of the embeddings of tasks", WIDTH, "ldm")
     categories: str = knob("", "JSON of the classes of semantic weights", stage=None)
@@ -163,12 +170,20 @@ class Config:
               f"multiples of 32 and of unet_heads, {self.unet_heads}")
         check("unet_attention", len(self.unet_attention) == levels, f"{levels} numbers")
         check("tasks", len(set(self.tasks)) == len(self.tasks), "different ones")
+        check("space", not (self.in_pixels and self.needs_depth), "latents for task depth")
+        check("codes", not self.in_pixels or self.codes == "bit", "bit with space=pixels")
         check("kl_weight", not self.kl_weight or self.latents == "gaussian", "latents=gaussian")
         check("bits", "semantic" not in self.tasks or classes < self.num_ids,
               f"{classes.bit_length()}, of stage 1, for {classes} classes and VOID")
 
     num_ids = property(lambda self: 2**self.bits)
+    in_pixels = property(lambda self: self.space == "pixels")
     needs_depth = property(lambda self: "depth" in (self.target, *self.tasks))
+
+    @property
+    def latent_shape(self):  # of x0: (C, h, w); of pixels the bits at 1/4 of the size
+        side = self.size // (4 if self.in_pixels else 8)
+        return self.bits if self.in_pixels else self.latent_channels, side, side
 
     @property
     def trained_tasks(self):  # without config.tasks, one
@@ -184,6 +199,7 @@ class Config:
         require(task in self.known_tasks, f"--task {task}: these weights know {known}")
         return task
 
+PIXELS = dict(self_condition=0.0, mask_threshold=0.0)  # what --set space=pixels also sets
 PRESETS = {
     "tiny": Config(),
     "paper": Config(
@@ -197,7 +213,8 @@ PRESETS = {
 
 # ---- 2. Randomness and ranks -----------------------------------------------------------
 
-PURPOSES = "scene order task sample points noise timestep self-condition blocks strokes".split()
+PURPOSES = """scene order task sample points noise timestep self-condition blocks strokes
+              motion""".split()
 
 def random_generator(seed, purpose, position):
     """The one source of randomness: a NumPy generator that depends on these three alone.
@@ -209,8 +226,7 @@ def random_generator(seed, purpose, position):
 
 def gaussian_latents(generators, config, device):
     """Standard normal noise, float32 (B, 4, h, w): drawn from one generator per image."""
-    shape = (config.latent_channels, config.size // 8, config.size // 8)
-    noise = [generator.standard_normal(shape, np.float32) for generator in generators]
+    noise = [g.standard_normal(config.latent_shape, np.float32) for g in generators]
     return torch.from_numpy(np.stack(noise)).to(device)
 
 def rank_and_world():
@@ -366,6 +382,31 @@ class MaskAutoencoder(nn.Module):
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum((1, 2, 3)).mean()
         return self.decode(mean + (0.5 * log_var).exp() * eps), kl
 
+class AnalogBits(nn.Module):
+    """Pix2Seq-D's place of the autoencoder: bits of -b and b at 1/4 of the size, no weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.register_buffer("codes", config.bits_scale * code_table(config), persistent=False)
+
+    def shrink(self, ids):  # (B, H, W) -> (B, h, w), the pixel at each centre
+        size = self.config.latent_shape[1:]
+        return F.interpolate(ids[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+
+    def code(self, ids):  # (B, H, W) -> (B, n, h, w)
+        return F.embedding(self.shrink(ids), self.codes).permute(0, 3, 1, 2)
+
+    def encode(self, codes):
+        return codes
+
+    def decode(self, z):  # (B, n, h, w) -> logits (B, N, h, w): the nearest code's is highest
+        fit = torch.einsum("bnhw,kn->bkhw", z, 2 * self.codes)
+        fit = fit - self.codes.square().sum(1).view(1, -1, 1, 1)
+        return fit * (4 / self.config.bits_scale**2)
+
+    reconstruct = MaskAutoencoder.reconstruct
+
 # ---- 5. Autoencoder loss: cross-entropy, BCE and Dice at uncertain points (Eq. 2) ------
 
 def sample_uncertain_points(uncertainty, points):
@@ -448,11 +489,15 @@ def neighbours(count, length):
     first = position.long()
     return first, (first + 1).clamp(max=count - 1), position - first
 
-def most_probable(logits, size, threshold=0.0, values_at_once=2**22):
+def most_probable(logits, size, threshold=0.0, nearest=False, values_at_once=2**22):
     """Logits of an image (N, H/2, W/2), upsampled x2, then to (height, width) = size, softmax ->
     ids int32 (height, width); VOID where the highest probability is below `threshold`. Where
     four logits leave no doubt the pixels between them are not computed, the others row by row:
-    a photograph of N logits would take gigabytes."""
+    a photograph of N logits would take gigabytes. nearest: logits (N, H/4, W/4) of pixels,
+    the ids are upsampled instead."""
+    if nearest:
+        probability, ids = logits.float().softmax(0).max(0)
+        return resize_nearest(ids.masked_fill(probability < threshold, VOID).int().cpu(), size)
     logits = F.interpolate(logits[None].float(), scale_factor=2, mode="bilinear")[0].cpu()
     N, H, W = logits.shape
     (top, _, down), (left, right, across) = neighbours(H, size[0]), neighbours(W, size[1])
@@ -480,21 +525,23 @@ def most_probable(logits, size, threshold=0.0, values_at_once=2**22):
             ids[y[:, None], x] = id.masked_fill(probability < threshold, VOID).int()
     return ids
 
-def postprocess(logits, size, mask_threshold, min_area):
+def postprocess(logits, size, mask_threshold, min_area, nearest=False):
     """Logits (N, H/2, W/2) -> ids int32 (height, width); unsure pixels, small segments VOID.
     NOTE: released code also filters by overlap; here not, because the paper does not."""
-    ids = most_probable(logits, size, mask_threshold)
+    ids = most_probable(logits, size, mask_threshold, nearest)
     areas = sum(torch.bincount(rows.flatten(), minlength=len(logits)) for rows in ids.split(256))
     for id in ((areas > 0) & (areas < min_area)).nonzero():
         ids[ids == id] = VOID
     return ids
 
-def merge_panoptic(instance_logits, semantic_logits, size, isthing, *thresholds):
+def merge_panoptic(instance_logits, semantic_logits, size, isthing, mask_threshold, min_area,
+                   nearest=False):
     """Supp. A: an instance takes the class that most of its pixels have in the semantic map,
     and is VOID where none has one; stuff of a class is one segment. isthing: of the classes
     1..K. Returns ids int32 (height, width) = size, and {id: class}."""
-    ids, N = postprocess(instance_logits, size, *thresholds), len(instance_logits)
-    classes = most_probable(semantic_logits, size)
+    ids = postprocess(instance_logits, size, mask_threshold, min_area, nearest)
+    N = len(instance_logits)
+    classes = most_probable(semantic_logits, size, nearest=nearest)
     votes = torch.bincount((ids * N + classes).flatten(), minlength=N * N).view(N, N)
     votes = votes[:, 1 : len(isthing) + 1]  # (N, K)
     class_of, first_of = {}, {}  # {id: class}, {stuff class: its id}
@@ -524,16 +571,16 @@ def draw(outputs, task, size, config):
         depth = F.interpolate(outputs[task][None].float(), size, mode="bilinear")[0, 0]
         return depth.cpu().numpy(), None
     classes, class_of = json.loads(config.categories or "[]"), {}
-    thresholds = config.mask_threshold, config.min_area
+    thresholds, nearest = (config.mask_threshold, config.min_area), config.in_pixels
     if task == "instance":
-        ids = postprocess(outputs[task], size, *thresholds)
+        ids = postprocess(outputs[task], size, *thresholds, nearest)
     elif task == "semantic":
-        ids = most_probable(outputs[task], size)
+        ids = most_probable(outputs[task], size, nearest=nearest)
         ids[ids > len(classes)] = VOID
         class_of = {place: place for place in range(1, len(classes) + 1)}
     else:
         ids, class_of = merge_panoptic(outputs["instance"], outputs["semantic"], size,
-                                       [c["isthing"] for c in classes], *thresholds)
+                                       [c["isthing"] for c in classes], *thresholds, nearest)
     ids = ids.numpy()
     return ids, segments_of(ids, {id: classes[c - 1]["id"] for id, c in class_of.items()})
 
@@ -549,8 +596,12 @@ class NoiseSchedule(nn.Module):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, self.T, dtype=torch.float64) ** 2
         self.register_buffer("alpha_bar", (1 - betas).cumprod(0).float(), persistent=False)
 
+    def alpha_bar_at(self, t):  # int or int64 (B,); -1: x0 itself
+        t = torch.as_tensor(t, device=self.alpha_bar.device)
+        return torch.where(t < 0, 1, self.alpha_bar[t])
+
     def signal_and_noise(self, t):  # sqrt of alpha_bar_t and 1 - alpha_bar_t, (B, 1, 1, 1)
-        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+        alpha_bar = self.alpha_bar_at(t).view(-1, 1, 1, 1)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def add_noise(self, x0, eps, t):  # Eq. 3
@@ -564,8 +615,7 @@ class NoiseSchedule(nn.Module):
     def step(self, x0, eps, t, t_next, eta=0.0, fresh_noise=0.0):
         """Eq. 5: z at t_next (int; -1: x0 itself), of predicted x0 and eps (B, 4, h, w) at t.
         eta 0: DDIM (paper); 1: DDPM, where fresh_noise replaces a part of eps."""
-        alpha_bar = self.alpha_bar[t]
-        alpha_bar_next = torch.ones_like(alpha_bar) if t_next < 0 else self.alpha_bar[t_next]
+        alpha_bar, alpha_bar_next = self.alpha_bar_at(t), self.alpha_bar_at(t_next)
         variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
         sigma = eta * variance.sqrt()  # of DDIM, Eq. 16
         z = alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next - sigma**2).sqrt() * eps
@@ -583,16 +633,33 @@ class NoiseSchedule(nn.Module):
         require(1 <= steps <= self.T, f"{steps} sampling steps, expected 1 to {self.T}")
         return [round(self.T - self.T * (i / steps) ** power) - 1 for i in range(steps)]
 
+class CosineSchedule(NoiseSchedule):
+    """Pix2Seq-D's, of times from T to 0 that need not be whole."""
+
+    def alpha_bar_at(self, t):
+        t = torch.as_tensor(t, device=self.alpha_bar.device) / self.T
+        return ((t + 0.0002) / 1.00025 * (math.pi / 2)).cos().square()
+
+def noise_and_timesteps(positions, config, seed, device):
+    """eps (B, 4, h, w) and t int64 (B,), of pixels float, of samples at these positions."""
+    positions, T = positions.tolist(), NoiseSchedule.T
+    noise = [random_generator(seed, "noise", p) for p in positions]
+    draws = [random_generator(seed, "timestep", p).random() for p in positions]
+    past = [T * draw**config.timestep_power for draw in draws]  # since T
+    t = [T - x if config.in_pixels else T - 1 - int(x) for x in past]
+    return gaussian_latents(noise, config, device), torch.tensor(t, device=device)
+
 # ---- 8. The UNet on concatenated latents, the image encoders (Sec. 3.2) ----------------
 
 def build_unet(config, image_channels):
     """Stable Diffusion's UNet, random, over [z_t, z_image, x0_previous] (B, 4 + C + 4, h, w).
     Without config.tasks nothing feeds cross-attention, which is then removed."""
     from diffusers import UNet2DConditionModel
+    channels, gives_logits = config.latent_shape[0], config.in_pixels and config.pixel_loss == "ce"
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.unet_attention]
     unet = UNet2DConditionModel(
-        in_channels=2 * config.latent_channels + image_channels,
-        out_channels=config.latent_channels, down_block_types=down,
+        in_channels=2 * channels + image_channels,
+        out_channels=config.num_ids if gives_logits else channels, down_block_types=down,
         up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
         block_out_channels=config.unet_widths, layers_per_block=config.unet_layers,
         cross_attention_dim=config.task_width,
@@ -720,13 +787,15 @@ IMAGE_ENCODERS = {"patch": PatchStem, "sd": StableDiffusionEncoder, "dinov2": DI
 class LDMSeg(nn.Module):
     """Eq. 1: stage 1's frozen autoencoder; the image encoder and UNet of stage 2."""
 
+    make_autoencoder, make_schedule = MaskAutoencoder, NoiseSchedule
+
     def __init__(self, config):
         super().__init__()
         names = ", ".join(IMAGE_ENCODERS)
         require(config.image_encoder in IMAGE_ENCODERS,
                 f"image encoder {config.image_encoder}, expected one of {names}")
-        self.config, self.schedule = config, NoiseSchedule()
-        self.autoencoder = MaskAutoencoder(config).requires_grad_(False)
+        self.config, self.schedule = config, self.make_schedule()
+        self.autoencoder = self.make_autoencoder(config).requires_grad_(False)
         self.image_encoder = IMAGE_ENCODERS[config.image_encoder](config)
         self.unet = build_unet(config, self.image_encoder.channels)
         if config.tasks:
@@ -740,8 +809,9 @@ class LDMSeg(nn.Module):
     device = property(lambda self: self.loss_weights.device)
     matched = property(lambda self: self.config.ids == "matched")
 
-    def timesteps(self, steps):  # of sampling, S ints
-        return self.schedule.timesteps(steps, self.config.sampling_power)
+    def timesteps(self, steps):  # of sampling: S pairs, a timestep and the next, at last -1
+        listed = self.schedule.timesteps(steps, self.config.sampling_power)
+        return [*pairwise([*listed, -1])]
 
     def encode_image(self, image):  # (B, 3, H, W) -> z_image (B, C, h, w), scaled
         scale = self.config.image_scale or self.image_encoder.scale
@@ -781,6 +851,12 @@ class LDMSeg(nn.Module):
         x0 = torch.where(is_depth[..., None], z * self.config.depth_scale, x0)
         return x0, torch.where(is_depth, depth.isfinite(), valid)
 
+    def encode_previous(self, ids):
+        """ids (B, H, W) of the frames before -> z_previous (B, 4, h, w), zero where all VOID, and
+        bool (B, 1, 1, 1), where not."""
+        there = (ids != VOID).any(2).any(1).view(-1, 1, 1, 1)
+        return self.encode_mask(ids) * there, there
+
     def encode_known(self, ids, known):
         """ids, known bool (B, H, W) -> z_known (B, 4, h, w), of ids that are VOID where unknown;
         bool (B, 1, h, w): cells with any known pixel, with all known."""
@@ -788,7 +864,7 @@ class LDMSeg(nn.Module):
         share = F.avg_pool2d(known.float()[:, None], 8)
         return self.encode_mask(ids * known), share > 0, share >= 1
 
-    def decode(self, z, task="instance"):  # -> logits or depth (B, N or 1, H/2, W/2)
+    def decode(self, z, task="instance", output=None):  # -> logits, depth (B, N or 1, H/2, W/2)
         if task == "depth":
             return self.depth_autoencoder.decode(z / self.config.depth_scale)
         return self.autoencoder.decode(z / self.config.mask_scale)
@@ -804,27 +880,45 @@ class LDMSeg(nn.Module):
             context = self.task_embedding(task)[:, None]  # (B, 1, width)
         inputs = torch.cat([z_t, z_image, x0_previous], 1)
         output = self.unet(inputs, t, encoder_hidden_states=context).sample.float()
-        if self.config.prediction == "eps":
-            return output, self.schedule.predict_x0(z_t, output, t), output
-        signal, noise = self.schedule.signal_and_noise(t)
-        return output, signal * z_t - noise * output, noise * z_t + signal * output
+        return output, *self.x0_and_eps(output, z_t, t)
 
-    def diffusion_loss(self, image, ids, eps, t, self_condition, known=None, task=0, depth=None):
+    def x0_and_eps(self, output, z_t, t):  # that the UNet's output implies
+        if self.config.prediction == "eps":
+            return self.schedule.predict_x0(z_t, output, t), output
+        signal, noise = self.schedule.signal_and_noise(t)
+        return signal * z_t - noise * output, noise * z_t + signal * output
+
+    def errors(self, output, x0, eps, t, ids):
+        """Of the UNet's output, (B, h, w), and their weights, which it broadcasts with."""
+        signal, noise = self.schedule.signal_and_noise(t)
+        target = eps if self.config.prediction == "eps" else signal * eps - noise * x0
+        return (output - target).square().mean(1), self.loss_weights[t].view(-1, 1, 1)
+
+    def diffusion_loss(self, image, ids, eps, t, self_condition, known=None, previous=None,
+                       task=0, depth=None, z_image=None):
         """Eq. 4: squared error of the prediction (eps or v), weighted by timestep; and without
         weights. image (B, 3, H, W), ids int64, known bool, depth (B, H, W), eps (B, 4, h, w)
         Gaussian, t, task (places in config.tasks) int64 (B,). self_condition: feed a first
-        estimate of x0 (Sec. 4.1, Analog Bits); known: feed these pixels, for `inpaint`. NOTE:
+        estimate of x0 (Sec. 4.1, Analog Bits); known: feed these pixels, for `inpaint`;
+        previous: feed these ids of the frame before (VOID: there is none), for videos; z_image:
+        the image's latents, where a cache has them. NOTE:
         paper: a sum over C, h, w, a mean over images; here a mean over all cells that are not
         VOID, because the learning rate then fits all sizes, and VOID has no truth."""
-        # each segment takes the id that its noise favours; classes have one answer already
+        # each segment takes the id that its noise favours; classes have one answer already, and
+        # so has what the frame before shows
         matched, _ = self.match_to(ids, eps)
         is_class = [name == "semantic" for name in self.config.trained_tasks]
         is_class = torch.tensor(is_class, device=ids.device)
-        ids = torch.where(is_class[task].view(-1, 1, 1), ids, matched)
+        keep = is_class[task].view(-1, 1, 1)
+        x0_previous = torch.zeros_like(eps)
+        if previous is not None:
+            x0_previous, there = self.encode_previous(previous)
+            keep = keep | there[:, 0]
+        ids = torch.where(keep, ids, matched)
 
         # z_t = f_t(y) * s; z_i = f_i(x) * s
         x0, valid = self.clean_latents(ids, depth, task)
-        z_image = self.encode_image(image)
+        z_image = self.encode_image(image) if z_image is None else z_image
 
         # z_t = scheduler.add_noise(z_t, noise, j)
         z_t = self.schedule.add_noise(x0, eps, t)
@@ -833,7 +927,7 @@ class LDMSeg(nn.Module):
         z_known, touched = torch.zeros_like(z_t), torch.zeros_like(z_t, dtype=torch.bool)
         if known is not None:
             z_known, touched, _ = self.encode_known(ids, known)
-        x0_previous = torch.where(touched, z_known, 0)
+        x0_previous = torch.where(touched, z_known, x0_previous)
         if self_condition:
             with torch.no_grad():
                 _, estimate, _ = self.predict(z_t, z_image, x0_previous, t, task)
@@ -841,23 +935,24 @@ class LDMSeg(nn.Module):
 
         # noise_pred = h(z_c, j)
         output, _, _ = self.predict(z_t, z_image, x0_previous, t, task)
-        signal, noise = self.schedule.signal_and_noise(t)
-        target = eps if self.config.prediction == "eps" else signal * eps - noise * x0
 
         # loss = mean((noise_pred - noise)**2 * weights[j]), cells whose centre is not VOID
+        error, weights = self.errors(output, x0, eps, t, ids)
         valid = F.interpolate(valid.float()[:, None], z_t.shape[-2:], mode="nearest-exact")
-        error = (output - target).square().mean(1) * valid[:, 0]  # (B, h, w)
-        weighted = error * self.loss_weights[t].view(-1, 1, 1)
+        error = error * valid[:, 0]  # (B, h, w)
+        weighted = error * weights
         count = global_mean_count(valid.sum())
         return weighted.sum() / count, error.detach().sum() / count
 
     forward = diffusion_loss  # what DDP calls
 
     @torch.no_grad()
-    def sample(self, image, noise, steps, eta=0.0, task="instance", return_all=False):
+    def sample(self, image, noise, steps, eta=0.0, task="instance", previous=None,
+               return_all=False):
         """Alg. 2, self-conditioned (Sec. 4.1): images (B, 3, H, W) -> logits (B, N, H/2, W/2),
         or depth (B, 1, H/2, W/2). noise: B pairs (seed, position), one per image; eta: as in
-        NoiseSchedule.step; task: one of config.trained_tasks; return_all: a list, one per step."""
+        NoiseSchedule.step; task: one of config.trained_tasks; previous: ids int64 (B, H, W) of
+        the frames before; return_all: a list, one per step."""
         known = self.config.trained_tasks
         require(task in known, f"task {task}, expected one of {known}")
         generators = [random_generator(seed, "noise", position) for seed, position in noise]
@@ -866,11 +961,14 @@ class LDMSeg(nn.Module):
         z_image = self.encode_image(image)
         predictions = []  # x0 of each step
         z_t = first_noise = gaussian_latents(generators, self.config, self.device)
-        x0 = torch.zeros_like(z_t)
-        for t, t_next in pairwise([*self.timesteps(steps), -1]):
+        x0_previous = torch.zeros_like(z_t)
+        if previous is not None:
+            x0_previous, _ = self.encode_previous(previous)
+        for t, t_next in self.timesteps(steps):
             # noise_pred = h(z_c, j), self-conditioned on the last estimate of x0
-            _, x0, eps = self.predict(z_t, z_image, x0, t, known.index(task))
-            predictions.append(x0)
+            output, x0, eps = self.predict(z_t, z_image, x0_previous, t, known.index(task))
+            x0_previous = x0 if self.config.self_condition else x0_previous
+            predictions.append((x0, task, output))
 
             # z_t = scheduler.step(z_t, noise_pred, j, j_prev), Eq. 5
             eps = first_noise if self.matched else eps
@@ -879,8 +977,8 @@ class LDMSeg(nn.Module):
 
         # y_pred = g(z_t)
         if return_all:
-            return [self.decode(x0, task) for x0 in predictions]
-        return self.decode(z_t, task)
+            return [self.decode(*prediction) for prediction in predictions]
+        return self.decode(*predictions[-1])
 
     @torch.no_grad()
     def inpaint(self, image, ids, known, noise, steps, repeats=1):
@@ -899,12 +997,14 @@ class LDMSeg(nn.Module):
 
         # given segments take the ids that a first estimate without them has there
         if self.matched:
-            _, estimate, _ = self.predict(z_t, z_image, x0, timesteps[0], task)
+            _, estimate, _ = self.predict(z_t, z_image, x0, timesteps[0][0], task)
             given, _ = self.match_to(given, estimate)
 
         # z_t_masked = f_t(y) * s; m at 1/8
         z_known, touched, complete = self.encode_known(given, known)
-        for t, t_next in pairwise([*timesteps, -1]):
+        feed_back = bool(self.config.self_condition)
+        touched = touched & (feed_back or self.config.given_share > 0)  # or it never saw hints
+        for t, t_next in timesteps:
             for repeat in range(repeats):
                 if repeat > 0:
                     again = first_noise if self.matched else gaussian_latents(
@@ -912,8 +1012,8 @@ class LDMSeg(nn.Module):
                     z_t = self.schedule.add_noise(x0, again, t)
 
                 # noise_pred = h(z_c, j); z_t without it (Eq. 3 solved) is x0
-                x0_previous = torch.where(touched, z_known, x0)
-                _, x0, eps = self.predict(z_t, z_image, x0_previous, t, task)
+                x0_previous = torch.where(touched, z_known, feed_back * x0)
+                output, x0, eps = self.predict(z_t, z_image, x0_previous, t, task)
 
                 # z_t[:, m] = z_t_masked[:, m]: in x0, where all pixels are known
                 x0 = torch.where(complete, z_known, x0)
@@ -922,13 +1022,15 @@ class LDMSeg(nn.Module):
             z_t = self.schedule.step(x0, first_noise if self.matched else eps, t, t_next)
 
         # y_pred = g(z_t), with the caller's ids, where most of what is given has them
-        logits, (_, new_ids) = self.decode(z_t), self.match_to(ids * known, z_t)
+        logits = self.decode(z_t, output=output)
+        _, new_ids = self.match_to(ids * known, z_t)
         return logits.gather(1, new_ids[:, :, None, None].expand_as(logits))
 
     def sample_tasks(self, batch, tasks, steps, eta=0.0):
         """{task: output}, what `draw` needs for tasks, of a batch {"image", "noise"}."""
         wanted = {"instance", "semantic", *tasks} if "panoptic" in tasks else set(tasks)
-        return {task: self.sample(batch["image"], batch["noise"], steps, eta, task)
+        return {task: self.sample(batch["image"], batch["noise"], steps, eta, task,
+                                  batch.get("previous"))
                 for task in TASKS if task in wanted}
 
     def segment(self, image, steps=None, task=None, seed=0):
@@ -970,6 +1072,55 @@ class LDMSeg(nn.Module):
             confidence = F.interpolate(confidence, size, mode="bilinear")[0, 0].cpu().numpy()
             return result, segments_of(result), confidence
         return result, segments_of(result)
+
+class Pix2SeqD(LDMSeg):
+    """Pix2Seq-D (Chen et al., ICCV 2023), the closest relative: x0 are the bits themselves, at
+    1/4 of the size, and the UNet gives logits of ids. What it does not define is LDMSeg's.
+    NOTE: there a transformer on ResNet-50 features, here LDMSeg's UNet and image encoder,
+    because then only the method differs."""
+
+    make_autoencoder, make_schedule = AnalogBits, CosineSchedule
+
+    def timesteps(self, steps):  # their Alg. 2: the next time is td steps further than it need be
+        T, td = self.schedule.T, self.config.td
+        return [(T - T * k / steps, max(T - T * (k + 1 + td) / steps, 0)) for k in range(steps)]
+
+    def encode_image(self, image):  # (B, 3, H, W) -> z_image (B, C, h, w), at 1/4
+        size = self.config.latent_shape[1:]
+        return F.interpolate(super().encode_image(image), size, mode="bilinear")
+
+    def encode_mask(self, ids):
+        return self.autoencoder.code(ids)
+
+    def encode_known(self, ids, known):  # a cell is a pixel; any known one counts
+        ids = F.max_pool2d((ids * known).float(), 4).long()  # the largest id
+        z_known = F.embedding(ids, self.autoencoder.codes).permute(0, 3, 1, 2)
+        return z_known, (ids != VOID)[:, None], (ids != VOID)[:, None]
+
+    def decode(self, z, task="instance", output=None):  # -> logits (B, N, H/4, W/4)
+        return output if self.config.pixel_loss == "ce" else self.autoencoder.decode(z)
+
+    def x0_and_eps(self, output, z_t, t):
+        if self.config.pixel_loss == "ce":  # the mean of all bits, by their probability
+            x0 = torch.einsum("bkhw,kn->bnhw", output.softmax(1), self.autoencoder.codes)
+        else:
+            x0 = output * self.config.bits_scale
+        signal, noise = self.schedule.signal_and_noise(t)
+        return x0, (z_t - signal * x0) / noise
+
+    def errors(self, output, x0, eps, t, ids):
+        """Cross-entropy of logits, or squared error of bits, (B, h, w), and the weights of
+        pixels: 1 / c**loss_power, c the area of its segment, 1 in the mean over an image."""
+        ids = self.autoencoder.shrink(ids)
+        if self.config.pixel_loss == "ce":
+            error = F.cross_entropy(output, ids, reduction="none")
+        else:
+            error = (output - x0 / self.config.bits_scale).square().mean(1)
+        area = F.one_hot(ids.flatten(1), self.config.num_ids).sum(1)  # (B, N)
+        weights = area.gather(1, ids.flatten(1)).view_as(ids) ** -self.config.loss_power
+        weights = weights * (ids != VOID)
+        count = (ids != VOID).sum((1, 2), keepdim=True)
+        return error, weights * count / weights.sum((1, 2), keepdim=True).clamp(min=1e-9)
 
 # ========================================================================================
 # Part II. Data and metrics
@@ -1132,13 +1283,18 @@ class ShapeScenes(Dataset):
         return self.LENGTH[self.split]
 
     def __getitem__(self, index):
-        number = range(len(self))[index]  # or an IndexError
-        rng = random_generator(list(self.LENGTH).index(self.split), "scene", number)
+        return self.frame(range(len(self))[index], 0)  # or an IndexError
+
+    def frame(self, number, time):
+        """The item of scene `number`, `time` frames later (int): its things move."""
+        rng, motion = (random_generator(list(self.LENGTH).index(self.split), purpose, number)
+                       for purpose in ("scene", "motion"))
+        shift = time * motion.uniform(-0.035, 0.035, (6, 2))  # of each thing, to the right, down
         ids, depth, names = np.zeros(self.x.shape, np.int64), np.zeros_like(self.x), []
         image = np.zeros((*self.x.shape, 3), np.float32)
 
         # paint from far to near, each layer with a contact shadow
-        for name, outline, colour, distance in (*self.regions(rng), *self.things(rng)):
+        for name, outline, colour, distance in (*self.regions(rng), *self.things(rng, shift)):
             names.append(name)
             image *= np.where(outline < 1.3, np.float32(0.72), 1)[..., None]
             np.copyto(image, colour, where=(outline < 1)[..., None])
@@ -1175,7 +1331,7 @@ class ShapeScenes(Dataset):
             distance = {"sky": 1.0, "hills": 0.9}.get(name, 0.95 - 0.75 * y)
             yield name, 1 + 30 * (border - y), colour * (1 + contrast * waves[..., None]), distance
 
-    def things(self, rng):
+    def things(self, rng, shift):
         """Two to six from far to near, lit from one side; yields the same."""
         light, palette, placed = rng.uniform(-0.7, 0.7), rng.uniform(0.1, 0.95, (2, 3)), []
         for distance in np.sort(rng.uniform(0.1, 0.75, rng.integers(2, 7)))[::-1].tolist():
@@ -1188,7 +1344,9 @@ class ShapeScenes(Dataset):
             placed.append((float(u[best]), float(v[best]), radius))
 
             # its outline, turned by a random angle
-            dx, dy = (self.x - placed[-1][0]) / radius, (self.y - placed[-1][1]) / radius
+            right, down = shift[len(placed) - 1]
+            dx = (self.x - placed[-1][0] - right) / radius
+            dy = (self.y - placed[-1][1] - down) / radius
             turned = (dx + 1j * dy) * complex(np.exp(2j * np.pi * rng.random()))
             name = str(rng.choice(list(THINGS), p=[0.16] * 6 + [0.04]))
             outline = THINGS[name](turned.real, turned.imag, np.hypot(dx, dy))
@@ -1456,9 +1614,10 @@ def prepare(record, config, rng, augment, task="instance"):
             depth = relative_depth(record["depth"])
         sample["depth"] = torch.from_numpy(resize_nearest(depth, size))
 
-    # segments 1..S; crowds and what is not listed are VOID
+    # segments 1..S; crowds and what is not listed are VOID; the frame before is put below
     segments = [s for s in record["segments"] if not s.get("iscrowd")]
-    ids = compact_ids(resize_nearest(record["ids"], size), [s["id"] for s in segments])
+    maps = [resize_nearest(record[k], size) for k in ("ids", "previous") if k in record]
+    ids = compact_ids(np.concatenate(maps), [s["id"] for s in segments])
 
     # the places of their classes, or random ids of the largest
     if task == "semantic":
@@ -1471,7 +1630,8 @@ def prepare(record, config, rng, augment, task="instance"):
         least = max(config.min_segment, 1) if augment else 1
         new_ids = compact_ids(np.arange(len(areas)), largest[areas[largest] >= least])
         ids = random_relabel(new_ids, config.num_ids, rng)[ids]
-    sample["ids"] = torch.from_numpy(ids.astype(np.int64))
+    maps = torch.from_numpy(ids.astype(np.int64)).split(config.size)
+    sample |= zip(("ids", "previous"), maps)
     return {name: part.flip(-1) if flip else part for name, part in sample.items()}
 
 def keep_blocks(ids, rng, block, drop_rate):
@@ -1489,13 +1649,21 @@ class TrainingStream(Dataset):
     def __init__(self, datasets, config, seed, on_bad_sample="error"):
         self.datasets, self.config, self.seed = datasets, config, seed
         self.on_bad_sample, self.bad = on_bad_sample, set()
+        require(not config.previous or all(isinstance(d, ShapeScenes) for d in datasets),
+                "--set previous: only --data shapes has frames before")
+
+    def record(self, turn, index):  # with config.previous, also the ids of the frame before
+        dataset = self.datasets[turn]
+        if not self.config.previous:
+            return dataset[index]
+        return dataset[index] | {"previous": dataset.frame(index, -1)["ids"]}
 
     def first_prepared(self, turn, order, place, rng, task):
         """The sample of the first record that can be read, in the data set's order from place."""
         for step in range(len(order)):
             index = int(order[(place + step) % len(order)])
             try:
-                return prepare(self.datasets[turn][index], self.config, rng, True, task)
+                return prepare(self.record(turn, index), self.config, rng, True, task)
             except (UserError, FileNotFoundError) as error:
                 if self.on_bad_sample == "error":
                     raise
@@ -1529,6 +1697,8 @@ class TrainingStream(Dataset):
             block = max(1, config.size >> rng.integers(1, 6))
             rate = rng.uniform(0.1, 0.95) if given else 1.0
             sample["known"] = torch.from_numpy(keep_blocks(sample["ids"], rng, block, rate))
+        if config.previous and generator("motion").random() >= config.previous:
+            sample["previous"][:] = VOID
         return sample
 
 def leave_group(_):  # of processes: Ctrl-C and torchrun's SIGTERM reach the training alone
@@ -1633,7 +1803,7 @@ def override(config, assignments, stage):
         kind = known[name].type
         with reading(f"--set {assignment}", kind.__name__):
             changes[name] = tuple(map(int, text.split(","))) if kind is tuple else kind(text)
-    return replace(config, **changes)
+    return replace(config, **(PIXELS if changes.get("space") == "pixels" else {}) | changes)
 
 def open_training_data(args, config):
     """The training sets of --data, and the evaluated split of the last."""
@@ -1792,8 +1962,8 @@ OFFICIAL_PARTS = {"vae": "", "vae_semseg": "autoencoder.", "unet": "unet.",
 OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1",  # and the names of an old diffusers
                 "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # of flags and Config, what a resumed run may change
-FREE = """accumulate amp device eval_every fresh limit on_bad_sample out set split workers
-          ae_steps ldm_steps eval_steps sampling_power checkpointing compile zero""".split()
+FREE = """accumulate amp cache_latents device eval_every fresh limit on_bad_sample out set split
+          workers ae_steps ldm_steps eval_steps sampling_power checkpointing compile zero""".split()
 
 @contextmanager
 def writing(path):
@@ -1919,6 +2089,45 @@ def open_log(args, device):
             old.unlink(missing_ok=True)
     return log
 
+class LatentCache:
+    """Latents of a frozen image encoder, float16, of the images that it has seen, which a hash
+    tells apart: in memory, where place is "ram", or in a folder, one for each encoder."""
+
+    def __init__(self, model, place):
+        encoder, self.model, self.latents = model.image_encoder, model, {}
+        frozen = not any(p.requires_grad for p in encoder.parameters())
+        require(frozen, "--cache-latents: expected a frozen image encoder, sd or dinov2")
+        tensors = {name: t.cpu().contiguous() for name, t in encoder.state_dict().items()}
+        number = checksum(model.config.image_scale or encoder.scale, tensors)
+        self.folder = Path(place, f"{number:08x}") if place != "ram" else None
+
+    def __call__(self, images):
+        """Images (B, 3, H, W) -> z_image (B, C, h, w) as `LDMSeg.encode_image`, on the CPU."""
+        keys = [hashlib.blake2b(image.numpy(), digest_size=16).hexdigest() for image in images]
+        found = [self.load(key) for key in keys]
+        missing = [i for i, z in enumerate(found) if z is None]
+        if missing:
+            with torch.no_grad():
+                encoded = self.model.encode_image(images[missing].to(self.model.device))
+            for i, z in zip(missing, encoded.half().cpu().numpy()):
+                self.store(keys[i], z)
+                found[i] = z
+        return torch.from_numpy(np.stack(found)).float()
+
+    def load(self, key):
+        if not self.folder:
+            return self.latents.get(key)
+        path = self.folder / f"{key}.npy"
+        with reading(path, "array; delete this file"):
+            return np.load(path) if path.exists() else None
+
+    def store(self, key, z):
+        if not self.folder:
+            self.latents[key] = z
+            return
+        with replacing(self.folder / f"{key}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, z)
+
 def convert_official(content, unet_config=None):
     """Config and tensors, in our names, of the authors' {part: {key: tensor}}: "vae", or
     "vae_semseg", "unet", "vae_image". unet_config: of the UNet, in diffusers' names."""
@@ -1977,7 +2186,8 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
             stored = about["config"]  # another version's may have other fields
             values = {f.name: f.type(stored[f.name]) for f in fields(Config) if f.name in stored}
             config = replace(PRESETS[stored["preset"]], **values)
-            model = (LDMSeg if about["model"] == "LDMSeg" else MaskAutoencoder)(config)
+            kinds = {known.__name__: known for known in (LDMSeg, Pix2SeqD, MaskAutoencoder)}
+            model = kinds[about["model"]](config)
             model.facts = about.get("facts", "")
             model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     for name, tensor in model.state_dict().items():
@@ -2000,12 +2210,12 @@ def start_script(args, kind=nn.Module, scenes=True):
 
 # ---- 17. Evaluation: data set -> predict -> segments -> metric -------------------------
 
-def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None):
+def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None, batch_size=16):
     """This rank's share of the first `limit` images in batches: records, and {"image",
     "ids", ..., "noise"} of them; noise and ids depend on seed and image id only."""
     rank, world = rank_and_world()
     indices = range(len(dataset))[:limit][rank::world]
-    size = min(16, max(1, 2**20 // config.size**2))
+    size = min(batch_size, max(1, 2**20 // config.size**2))
     loader = DataLoader(Subset(dataset, indices), size, num_workers=workers, collate_fn=list,
                         worker_init_fn=leave_group)
     for records in progress(loader, "predicting"):

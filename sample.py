@@ -4,15 +4,18 @@
     python sample.py cat.jpg photos/ "*.png"   # your images: files, folders, patterns
     python sample.py --data coco/ --weights runs/coco --limit 100
     python sample.py --task depth --weights runs/tasks cat.jpg
+    python sample.py --video frames/ --weights runs/video
 
 Leaves in --out: panoptic.json and panoptic/*.png, the COCO panoptic format (a pixel's id is
 R + 256 G + 65536 B, 0 = VOID), which evaluate.py --pred reads; overlay/*.png; grid.png with the
 first eight images; denoising.png with the predictions along one run (Fig. S5); noises.png with two
 noises (Fig. 10). With weights that know classes, segments have the category_id of their class, and
 --task semantic draws one segment for each class. --task depth leaves depth/*.png instead, 16 bits,
-from 1, the nearest, to 65535, and coloured overlay/*.png.
+from 1, the nearest, to 65535, and coloured overlay/*.png. With --video, images of a folder in the
+order of their names (2 before 10), each starts from the mask of the one before: ids persist.
 """
 
+import re
 from collections import Counter
 from glob import glob
 from itertools import zip_longest
@@ -47,11 +50,19 @@ def parse(argv):
         "--data": dict(help="segment a split of 'shapes', a COCO-layout folder or a COCO JSON"),
         "paths": dict(help="image files, folders of them, quoted patterns (default: eight "
                       "generated scenes)", nargs="*", metavar="IMAGE"),
+        "--video": dict(help="folder of frames", metavar="FRAMES_DIR"),
         "--out": dict(help="folder of the results", default="runs/sample"),
     }}).parse_args(argv)
-    if args.paths and args.data or args.images and not args.data:
-        raise UserError("expected image files, or --data, with which --images goes")
+    if bool(args.paths) + bool(args.data) + bool(args.video) > 1 or args.images and not args.data:
+        raise UserError("expected image files, --video, or --data, with which --images goes")
+    if args.video:
+        require(Path(args.video).is_dir(), f"--video {args.video}: no such folder of frames")
+        args.paths = [args.video]
     return args
+
+
+def in_order(path):  # frame 2 before frame 10
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def image_paths(args):
@@ -59,7 +70,7 @@ def image_paths(args):
     paths = []
     for name in args.paths:
         folder = Path(name).is_dir()
-        found = sorted(Path(name).iterdir()) if folder else map(Path, sorted(glob(name)))
+        found = sorted(Path(name).iterdir() if folder else map(Path, glob(name)), key=in_order)
         found = [p for p in found if p.suffix.lower() in SUFFIXES or not folder]
         if not found and not Path(name).is_file():
             raise FileNotFoundError(f"{name}: no such image file, or no image in this folder")
@@ -146,15 +157,24 @@ def main(argv=None):
     task = model.config.task(args.task)
     args.steps = args.steps or model.config.eval_steps
     dataset, limit = choose_images(args, model.config.size)
+    if args.video:
+        require(rank_and_world()[1] == 1, "--video: a frame needs the one before; one process")
+        require(task == "instance", f"--video: expected --task instance, not {task}")
     out, entries, rows, first, images = Path(args.out), [], [], [], []
+    previous = torch.zeros(1, model.config.size, model.config.size, dtype=torch.long)
     with autocast():
         for records, batch in evaluation_batches(dataset, model.config, device, args.seed,
-                                                 args.workers, limit):
+                                                 args.workers, limit, 1 if args.video else 16):
+            if args.video:  # all frames have one noise
+                batch |= {"noise": [(args.seed, 0)], "previous": previous.to(device)}
             outputs = model.sample_tasks(batch, [task], args.steps, SAMPLERS[args.sampler])
             for i, record in enumerate(records):
                 one = {name: output[i] for name, output in outputs.items()}
                 drawn, segments = draw(one, task, record["image"].shape[:2], model.config)
                 entries.append(write_result(out, record, drawn, segments))
+                if args.video:
+                    small = resize_nearest(drawn, previous.shape[1:])
+                    previous = torch.from_numpy(small)[None].long()
                 if len(rows) < 8:
                     first.append(small_copy(record))
                     images.append(batch["image"][i])

@@ -2,8 +2,8 @@
 
     python train_ldm.py                                     # generated scenes, on a laptop
     python train_ldm.py --sd photos --data my/ --steps 600  # yours, from the shipped weights
-    python train_ldm.py --data coco/ --ae runs/ae --out runs/coco
     python train_ldm.py --tasks instance semantic depth     # several tasks (Supp. A)
+    python train_ldm.py --set space=pixels                  # Pix2Seq-D instead
     torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --accumulate 2
 
 The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt
@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 
 from ldmseg import (
-    DIVERGED, IMAGE_ENCODERS, PRESETS, SD_VAE, SHIPPED, TASKS, LDMSeg, NoiseSchedule,
-    TrainingStream, any_rank, colorize, distribute, evaluate, gaussian_latents, is_main,
-    learning_rate, load_model, log_line, means, open_log,
-    open_training_data, override, random_generator, reading, require, resume_run, run_script,
-    save_grid, save_run, setup_distributed, training_command, training_loader, training_state,
-    training_steps, update_weights,
+    DIVERGED, IMAGE_ENCODERS, PRESETS, SD_VAE, SHIPPED, TASKS, LatentCache, LDMSeg, Pix2SeqD,
+    TrainingStream, any_rank, colorize, distribute, evaluate, is_main, learning_rate, load_model,
+    log_line, means, noise_and_timesteps, open_log, open_training_data, override, random_generator,
+    reading, require, resume_run, run_script, save_grid, save_run, setup_distributed,
+    training_command, training_loader, training_state, training_steps, update_weights,
 )  # fmt: skip
 
 
@@ -31,14 +30,14 @@ def parse(argv):
     args = training_command(__doc__, "ldm", {
         "--ae": dict(nargs="+", metavar="RUN", help="stage 1's run, for task depth another, or "
                      "ae.pt (default: --sd's, runs/ae if there, else tiny; runs/ae_depth)"),
-        "--tasks": dict(nargs="+", choices=TASKS, default=[], help="to learn, told apart by an "
-                        "embedding (default: instance, without one)"),
-        "--sd": dict(metavar="RUN_OR_ID", help="start from a folder or hub id of Stable Diffusion "
-                     "v1 (default of preset paper), or a run, photos or tiny (--set then changes "
-                     "its Config, not that of --preset), or none: random weights"),
-        "--image-encoder": dict(choices=IMAGE_ENCODERS, help="patch: small, trained; pretrained, "
-                                "frozen: sd; dinov2, of --set dinov2; lite0, of photos (default: "
-                                "preset paper sd, else patch)")}).parse_args(argv)
+        "--tasks": dict(nargs="+", choices=TASKS, default=[], help="to learn (default: instance)"),
+        "--sd": dict(metavar="RUN_OR_ID", help="start from Stable Diffusion v1, a folder or hub id "
+                     "(default of preset paper), a run, photos or tiny (whose Config --set then "
+                     "changes), or none: random weights"),
+        "--image-encoder": dict(choices=IMAGE_ENCODERS, help="patch: trained; frozen: sd, dinov2, "
+                                "lite0 (default: preset paper sd, else patch)"),
+        "--cache-latents": dict(metavar="DIR", help="keep those of images of a frozen encoder, "
+                                "float16, in this folder, or ram")}).parse_args(argv)
     args.sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
     return args
 
@@ -54,6 +53,11 @@ def load_parts(args):
     if args.image_encoder not in (None, config.image_encoder):  # 0: its own scale
         config = replace(config, image_encoder=args.image_encoder, image_scale=0.0)
     config = replace(override(config, args.set, "ldm"), tasks=tuple(args.tasks))
+    if config.in_pixels:
+        require(run or args.sd == "none" and not args.ae,
+                "--set space=pixels: expected no --ae, and no --sd but a run with it")
+        return run, [], config
+    require("bits=" not in " ".join(args.set), "--set bits: expected of train_ae.py")
     paths = paths or ["runs/ae" if Path("runs/ae/model.safetensors").exists() else "tiny"]
     if config.needs_depth and len(paths) == 1:
         paths = [*paths, "runs/ae_depth"]
@@ -121,8 +125,8 @@ def pretrained_encoder(config, sd):
 def start_from(run, model):
     """Copy a run's image encoder, UNet, and embeddings of the tasks it knows. New cross-
     attention adds nothing at first: the output is the run's."""
-    for name in ("prediction task_width image_encoder image_scale stem_widths "
-                 "unet_widths unet_attention unet_layers unet_heads").split():
+    for name in ("space bits pixel_loss prediction task_width image_encoder image_scale "
+                 "stem_widths unet_widths unet_attention unet_layers unet_heads").split():
         theirs, ours = getattr(run.config, name), getattr(model.config, name)
         require(theirs == ours, f"--sd: the {name} of this run is {theirs}, expected {ours}")
     theirs, ours = run.state_dict(), model.state_dict()
@@ -140,7 +144,7 @@ def start_from(run, model):
 def build_model(config, autoencoders, sd, run=None):
     """LDMSeg with the trained autoencoders and the other weights of `run`, or what `sd` names."""
     encoder_weights, config = (None, config) if run else pretrained_encoder(config, sd)
-    model = LDMSeg(config)
+    model = (Pix2SeqD if config.in_pixels else LDMSeg)(config)
     if encoder_weights:
         model.image_encoder.layers.load_state_dict(encoder_weights)
     if run:
@@ -159,15 +163,6 @@ def build_model(config, autoencoders, sd, run=None):
     if config.compile:
         model.unet.compile()
     return model
-
-
-def noise_and_timesteps(positions, config, seed, device):
-    """eps (B, 4, h, w) and t int64 (B,) of samples at these positions of the stream."""
-    positions, T = positions.tolist(), NoiseSchedule.T
-    noise = [random_generator(seed, "noise", p) for p in positions]
-    draws = [random_generator(seed, "timestep", p) for p in positions]
-    t = [T - 1 - int(T * draw.random() ** config.timestep_power) for draw in draws]
-    return gaussian_latents(noise, config, device), torch.tensor(t, device=device)
 
 
 def score(model, val, config, device, autocast, args):
@@ -211,6 +206,7 @@ def main(argv=None):
     log = open_log(args, device)
     if not start:
         save_run(args.out, 0, config, settings, state)
+    cache = LatentCache(model, args.cache_latents) if args.cache_latents else None
     net, history, batches, failures = distribute(model), [], iter(loader), 0
     for step, interrupts in training_steps(start, steps, "stage 2"):
         # one coin per optimizer step, the same on all ranks
@@ -219,8 +215,10 @@ def main(argv=None):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)
             eps, t = noise_and_timesteps(batch.pop("position"), config, args.seed, device)
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             with autocast():  # Eq. 4
+                if cache:
+                    batch["z_image"] = cache(batch["image"])
+                batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
                 loss, error = net(eps=eps, t=t, self_condition=coin, **batch)
             state["scaler"].scale(loss / args.accumulate).backward()
             history.append({"loss": loss.detach(), "error": error})

@@ -229,7 +229,7 @@ def test_photographs_are_learned_from_the_shipped_weights_without_further_flags(
 
 @pytest.mark.parametrize("script, flags, message", [
     ("sample", "nowhere.jpg", "nowhere.jpg: no such image file"),
-    ("sample", "nowhere.jpg --data shapes", "expected image files, or --data"),
+    ("sample", "nowhere.jpg --data shapes", "expected image files, --video, or --data"),
     ("sample", "--steps 1001 --limit 1", "1001 sampling steps, expected 1 to 1000"),
     ("sample", "--weights {ae}", "{ae}: a MaskAutoencoder, expected a LDMSeg"),
     ("sample", "--steps 1 --limit 1 --out {file}", "{file}"),

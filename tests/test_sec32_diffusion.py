@@ -5,6 +5,7 @@ The oracles are diffusers, and values of the released code in tests/golden. (The
 of the released code: test_official.py.)"""
 
 import itertools
+import json
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -22,7 +23,7 @@ from conftest import (
     GOLDEN, VAE, ConvUNet, StubUNet, gaussian, ldm_command, relative_error, small_config,
 )  # fmt: skip
 from ldmseg import (
-    PRESETS, MaskAutoencoder, NoiseSchedule, UserError, build_unet, gaussian_latents,
+    PRESETS, LatentCache, MaskAutoencoder, NoiseSchedule, UserError, build_unet, gaussian_latents,
     load_model, match_ids, random_generator,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
@@ -330,7 +331,7 @@ def test_ddim_and_ddpm_equal_diffusers(stub_model, monkeypatch, eta, prediction,
         z_t, x0 = step.prev_sample, step.pred_original_sample
         expected.append(x0)
     model = stub_model(mixing_unet, prediction=prediction)
-    model.encode_image, model.decode = lambda image: z_image, lambda z, task: z
+    model.encode_image, model.decode = lambda image: z_image, lambda z, *_: z
     every = torch.stack(model.sample(z_image, [(0, 0), (0, 1)], steps, eta, return_all=True))
     assert relative_error(every, torch.stack(expected)) < 1e-4
     assert relative_error(every[-1], z_t) < 1e-4
@@ -340,7 +341,7 @@ def test_with_matched_ids_the_first_noise_stays(stub_model, monkeypatch):
     z_image, eps, x0 = gaussian(2, 16, 4, 4, seed=1), gaussian(2, 4, 4, 4), torch.zeros(2, 4, 4, 4)
     monkeypatch.setattr(ldmseg, "gaussian_latents", lambda *_: eps)
     model, expected = stub_model(mixing_unet, ids="matched", sampling_power=2.0), []
-    model.encode_image, model.decode = lambda image: z_image, lambda z, task: z
+    model.encode_image, model.decode = lambda image: z_image, lambda z, *_: z
     for t in (999, 937, 749, 437):
         alpha_bar = model.schedule.alpha_bar[t]
         z_t = eps if t == 999 else alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
@@ -412,6 +413,40 @@ def dinov2(tmp_path_factory):
     encoder = ldmseg.DINOv2Encoder(ours).eval()
     encoder.layers.load_state_dict(weights)
     return model, folder, encoder
+
+
+@pytest.mark.parametrize("place", ["ram", "folder"])
+def test_each_image_of_a_frozen_encoder_is_encoded_once(sd_folder, tmp_path, place):
+    model, images = sd_model(sd_folder), gaussian(4, 3, 32, 32)
+    place, encode = tmp_path if place == "folder" else place, model.encode_image
+    model.encode_image = Mock(side_effect=encode)
+    cache = LatentCache(model, place)
+    images[3] = images[0].flip(-1)
+    for chosen, encoded in (([0, 1], 2), ([1, 0], 0), ([2, 1, 3], 2), ([3, 0], 0)):
+        model.encode_image.reset_mock()
+        assert relative_error(cache(images[chosen]), encode(images[chosen]).detach()) < 1e-3
+        assert sum(len(call.args[0]) for call in model.encode_image.mock_calls) == encoded
+
+    # a later run finds those of its own encoder in the folder
+    LatentCache(model, place)(images)
+    assert model.encode_image.called == (place == "ram")
+    model.encode_image.reset_mock()
+    next(model.image_encoder.parameters()).data.mul_(1.5)
+    assert relative_error(LatentCache(model, place)(images), encode(images).detach()) < 1e-3
+    assert model.encode_image.called
+
+
+def test_a_run_with_cached_latents_learns_the_same(sd_folder, tmp_path, data, tiny_run, complaint):
+    losses = []
+    for name, options in (("plain", []), ("cached", ["--cache-latents", str(tmp_path / "z")])):
+        train_ldm.main([*sd_command(data, tiny_run.ae, tmp_path / name, sd_folder), *options])
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        losses.append(json.loads(lines[0])["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert 3 <= len([*(tmp_path / "z").glob("*/*.npy")]) <= 6  # 3 images, some flipped
+    line = complaint(train_ldm.main, *ldm_command(data, tiny_run.ae, tmp_path / "patch"),
+                     "--cache-latents", "ram")  # fmt: skip
+    assert "expected a frozen image encoder" in line
 
 
 @pytest.mark.parametrize("image_scale, factor", [(0.0, 0.3), (2.0, 2.0)])  # 0: that of the VAE

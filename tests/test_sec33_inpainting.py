@@ -85,7 +85,7 @@ def situation():
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_each_image_of_a_batch_is_inpainted_as_alg_3_written_out(model, repeats):
-    (image, ids, known), model.decode = situation(), lambda z: torch.cat([z, z], 1)
+    (image, ids, known), model.decode = situation(), lambda z, **_: torch.cat([z, z], 1)
     assert (known & (ids == 0)).any()
     expected = [alg_3(model, image[[i]], ids[[i]], known[[i]], NOISE[i], repeats) for i in range(3)]
     latents = model.inpaint(image, ids, known, NOISE, 4, repeats)[:, :4]
@@ -117,7 +117,7 @@ def test_given_segments_take_the_ids_of_a_first_estimate_and_the_callers_come_ba
     ids = torch.randint(1, 8, (3, 4, 4), generator=torch.Generator().manual_seed(2))
     model.encode_mask = lambda ids: inside.append(ids) or model.id_latents[
         ids[:, ::8, ::8]].permute(0, 3, 1, 2)
-    model.decode = lambda z: F.one_hot(inside[0], 8).permute(0, 3, 1, 2).float()
+    model.decode = lambda z, **_: F.one_hot(inside[0], 8).permute(0, 3, 1, 2).float()
     ids = ids.repeat_interleave(8, 1).repeat_interleave(8, 2)
     logits = model.inpaint(image, ids, torch.ones_like(ids, dtype=torch.bool), NOISE, 2)
     generators = [random_generator(seed, "noise", position) for seed, position in NOISE]

@@ -1,0 +1,355 @@
+"""Pix2Seq-D (--set space=pixels), and both methods on videos."""
+
+import math
+
+import evaluate
+import inpaint
+import ldmseg
+import numpy as np
+import pytest
+import sample
+import torch
+import torch.nn.functional as F
+import train_ldm
+from conftest import ON_CPU, TINY_LDM, StubUNet, gaussian, small_config
+from ldmseg import (
+    PRESETS, LDMSeg, Pix2SeqD, ShapeScenes, TrainingStream, UserError, int2bits, load_model,
+    most_probable, override, read_image, resize_nearest, rgb2id, update_weights, write_png,
+)  # fmt: skip
+
+PIXELS = ["space=pixels", "bits=3", *TINY_LDM]
+DATA = ["--data", "shapes", "--steps", "2", "--batch-size", "4", "--limit", "2", *ON_CPU]
+
+
+def blocks(seed=0, images=2):
+    """ids (images, 32, 32) in [0, 7], the same in squares of 4, and at 1/4, (images, 8, 8)."""
+    small = torch.randint(0, 8, (images, 8, 8), generator=torch.Generator().manual_seed(seed))
+    return small.repeat_interleave(4, 1).repeat_interleave(4, 2), small
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """A function (output function, Config fields) -> Pix2SeqD whose UNet is a StubUNet."""
+    def build(function, **changes):
+        monkeypatch.setattr(ldmseg, "build_unet", lambda *_: StubUNet(function))
+        pixels = dict(space="pixels", self_condition=0.0, mask_threshold=0.0, mask_scale=1.0)
+        return Pix2SeqD(small_config(**pixels | changes))
+
+    return build
+
+
+def perfect(small):
+    return 100 * F.one_hot(small, 8).permute(0, 3, 1, 2).float()  # logits (B, 8, 8, 8)
+
+
+# ---- the schedule and the sampler ----
+
+
+def test_the_signal_is_a_cosine_of_continuous_time(make):
+    schedule = make(None).schedule
+    signal, noise = schedule.signal_and_noise(torch.tensor([0.0, 250.5, 1000.0]))
+    for t, got in zip((0.0, 0.2505, 1.0), signal.flatten().tolist()):
+        expected = math.cos((t + 0.0002) / 1.00025 * math.pi / 2)
+        assert abs(got - expected) < 1e-6
+    torch.testing.assert_close(signal**2 + noise**2, torch.ones(3, 1, 1, 1))
+
+
+@pytest.mark.parametrize("ids", ["matched", "random"])
+@pytest.mark.parametrize("td", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_ddim_with_a_perfect_network_finds_the_ids_through_asymmetric_steps(make, steps, td, ids):
+    full, small = blocks()
+    seen = []
+    model = make(lambda inputs, t: seen.append((inputs[:, :3], t)) or perfect(small),
+                 td=td, ids=ids)  # fmt: skip
+    logits = model.sample(gaussian(2, 3, 32, 32), [(0, 0), (0, 1)], steps)
+    assert torch.equal(logits.argmax(1), small)
+
+    # their Alg. 2: z_t is further on than its time says; DDIM's noise, or the first one
+    def angle(t):
+        return (t + 0.0002) / 1.00025 * math.pi / 2
+
+    x0, first = 0.1 * int2bits(small, 3), seen[0][0]
+    expected = first
+    for k, (z_t, t) in enumerate(seen):
+        now, after = 1 - k / steps, max(1 - (k + 1 + td) / steps, 0)
+        assert t.tolist() == pytest.approx([1000 * now] * 2)
+        torch.testing.assert_close(z_t, expected, atol=2e-4, rtol=0)  # float32 near 1
+        implied = (z_t - math.cos(angle(now)) * x0) / math.sin(angle(now))
+        eps = first if ids == "matched" else implied
+        expected = math.cos(angle(after)) * x0 + math.sin(angle(after)) * eps
+
+
+def test_an_estimate_is_fed_back_only_where_training_did(make, stub_model):
+    for build in (make, stub_model):
+        for share in (0.0, 0.5):
+            fed = []
+            model = build(lambda inputs, t: fed.append(inputs[:, -3:]) or 1 + torch.zeros(
+                1, 8 if build is make else 4, *inputs.shape[2:]), self_condition=share)
+            model.sample(gaussian(1, 3, 32, 32), [(0, 0)], 3)
+            assert not fed[0].any() and all(bool(x.any()) == (share > 0) for x in fed[1:])
+
+
+# ---- the loss ----
+
+
+def test_softmax_weighted_bits_of_one_hot_logits_are_the_bits_of_the_id(make):
+    _, small = blocks()
+    model = make(None)
+    z_t, t = gaussian(2, 3, 8, 8), torch.tensor([400.5, 900.0])
+    x0, eps = model.x0_and_eps(perfect(small), z_t, t)
+    torch.testing.assert_close(x0, 0.1 * int2bits(small, 3))
+    torch.testing.assert_close(model.schedule.add_noise(x0, eps, t), z_t)
+    halves = (perfect(torch.full((1, 8, 8), 1)) + perfect(torch.full((1, 8, 8), 7))) / 2
+    x0, _ = model.x0_and_eps(halves, z_t[:1], t[:1])
+    torch.testing.assert_close(x0[0, :, 0, 0], torch.tensor([0.1, 0.0, 0.0]))  # 001 and 111
+
+
+@pytest.mark.parametrize("kind", ["ce", "l2"])
+def test_the_loss_of_a_perfect_network_is_zero_and_of_a_blind_one_is_known(make, kind):
+    full, small = blocks()
+    right = perfect(small) if kind == "ce" else int2bits(small, 3)
+    for output, expected in ((right, 0.0), (0 * right, math.log(8) if kind == "ce" else 1.0)):
+        model = make(lambda inputs, t: output, pixel_loss=kind, ids="random")
+        loss, error = model.diffusion_loss(gaussian(2, 3, 32, 32), full, gaussian(2, 3, 8, 8),
+                                           torch.tensor([500.0, 3.5]), False)  # fmt: skip
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
+        assert error.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.2, 0.5])
+def test_weights_of_pixels_fall_with_the_area_and_sum_to_the_number_of_pixels(make, power):
+    full, small = blocks()
+    full, small = (torch.where(ids == 0, 1, ids) for ids in (full, small))
+    model = make(None, loss_power=power)
+    _, weights = model.errors(torch.zeros(2, 8, 8, 8), None, None, None, full)
+    torch.testing.assert_close(weights.sum((1, 2)), torch.full((2,), 64.0))
+    for ids, ours in zip(small, weights):
+        area = torch.bincount(ids.flatten(), minlength=8)[ids]
+        torch.testing.assert_close(ours * area**power, (ours * area**power)[0, 0].expand(8, 8))
+
+
+def test_void_counts_nowhere(make):
+    full, small = blocks()
+    full[0, :, :16], small[0, :, :4] = 0, 0
+    results = []
+    for wrong in (0.0, 50.0):
+        output = perfect(small)
+        output[small[:, None].expand(-1, 8, -1, -1) == 0] += wrong * gaussian(1)  # any at VOID
+        output[:, 5] += 1.0 * (small != 0)
+        model = make(lambda inputs, t: output, ids="random")
+        results.append(model.diffusion_loss(gaussian(2, 3, 32, 32), full, gaussian(2, 3, 8, 8),
+                                            torch.tensor([500.0, 3.5]), False))  # fmt: skip
+        _, weights = model.errors(output, None, None, None, full)
+        assert not weights[small == 0].any()
+        torch.testing.assert_close(weights.sum((1, 2)), (small != 0).sum((1, 2)).float())
+    assert results[0] == results[1]
+
+
+def test_ids_matched_to_the_noise_are_those_of_the_nearest_bits(make):
+    """With noise that is the bits of other ids, these are the ids that are learned."""
+    full = torch.ones(1, 32, 32, dtype=torch.long)
+    full[:, 16:], full[:, :, 16:] = 2, 3
+    wanted = full * 2 % 7  # 2, 4, 6
+    target = []
+    model = make(lambda inputs, t: torch.zeros(1, 8, 8, 8), ids="matched")
+    model.errors = lambda output, x0, eps, t, ids: target.append(ids) or (eps[:, 0], eps[:, 0])
+    model.diffusion_loss(gaussian(1, 3, 32, 32), full, model.encode_mask(wanted),
+                         torch.tensor([999.0]), False)  # fmt: skip
+    assert torch.equal(target[0], wanted)
+
+
+def test_a_small_network_learns_one_image_by_heart():
+    torch.manual_seed(0)
+    config = override(PRESETS["tiny"], [*PIXELS, "ldm_lr=3e-3", "ids=random"], "ldm")
+    model = train_ldm.build_model(config, [], "none")
+    full = torch.ones(1, 32, 32, dtype=torch.long)
+    full[:, :12], full[:, 16:, 20:] = 4, 6
+    image = full[:, None].expand(-1, 3, -1, -1) / 4.0 - 1
+    state = ldmseg.training_state(model, 3e-3, config, "off", torch.device("cpu"))
+    for step in range(60):
+        eps, t = train_ldm.noise_and_timesteps(torch.arange(4) + 4 * step, config, 0, "cpu")
+        loss, _ = model(image.expand(4, -1, -1, -1), full.expand(4, -1, -1), eps, t, False)
+        loss.backward()
+        update_weights(state, 3e-3, 1.0)
+    with torch.no_grad():
+        logits = model.sample(image, [(9, 9)], 3)
+    assert torch.equal(logits.argmax(1), full[:, 2::4, 2::4])
+
+
+# ---- results, inpainting, scripts ----
+
+
+def test_the_bits_at_a_quarter_are_the_pixels_there_and_decode_to_their_ids(make):
+    full, small = blocks()
+    model = make(None)
+    torch.testing.assert_close(model.encode_mask(full), 0.1 * int2bits(small, 3))
+    logits = model.autoencoder.reconstruct(full)
+    assert torch.equal(logits.argmax(1), small) and logits.softmax(1).amax(1).min() > 0.99
+
+
+def test_ids_are_upsampled_by_nearest_neighbour():
+    _, small = blocks()
+    ids = most_probable(perfect(small)[0], (40, 24), nearest=True)
+    assert np.array_equal(ids, resize_nearest(small[0].numpy(), (40, 24)))
+    unsure = torch.zeros(8, 8, 8)
+    unsure[3] = 0.5  # probability 0.19
+    assert (most_probable(unsure, (9, 9), 0.1, nearest=True) == 3).all()
+    assert not most_probable(unsure, (9, 9), 0.3, nearest=True).any()
+
+
+def test_inpainting_pastes_the_bits_of_known_pixels(make):
+    full, small = blocks()
+    known = torch.zeros_like(full, dtype=torch.bool)
+    known[:, :16] = True
+    known[0, 20, 21] = True  # a stroke of one pixel
+    seen = []
+    model = make(lambda inputs, t: seen.append(inputs) or torch.zeros(2, 8, 8, 8),
+                 ids="random", given_share=0.5, td=0.0)  # fmt: skip
+    model.inpaint(gaussian(2, 3, 32, 32), full, known, [(0, 0), (0, 1)], 2)
+    given = small.clone()
+    given[:, 4:] = 0
+    given[0, 5, 5] = full[0, 20, 21]
+    hint = 0.1 * int2bits(given, 3)
+    torch.testing.assert_close(seen[1][:, -3:], hint)
+
+    # z at half of the time: the known bits under the noise, elsewhere the mean of all codes
+    mean = 0.1 * int2bits(torch.arange(8).view(1, 8, 1), 3).mean((0, 2, 3)).view(3, 1, 1)
+    x0 = torch.where((given != 0)[:, None], hint, mean)
+    half = math.pi / 4  # angle of the time, nearly
+    expected = math.cos(half) * x0 + math.sin(half) * seen[0][:, :3]
+    torch.testing.assert_close(seen[1][:, :3], expected, atol=2e-3, rtol=0)
+
+
+def test_the_scripts_train_resume_and_use_it(tmp_path, capsys):
+    command = [*DATA, "--out", str(tmp_path / "run"), "--set", *PIXELS]
+    train_ldm.main(command)
+    train_ldm.main([*command, "--steps", "4"])
+    assert "resuming from step 2" in capsys.readouterr().out
+    model = load_model(tmp_path / "run")
+    assert isinstance(model, Pix2SeqD) and model.unet.config.out_channels == 8
+    weights = ["--weights", str(tmp_path / "run"), *ON_CPU]
+    sample.main([*weights, "--limit", "2", "--out", str(tmp_path / "sampled")])
+    drawn = rgb2id(read_image(tmp_path / "sampled/panoptic/val000000.png"))
+    assert drawn.shape == (32, 32)
+    evaluate.main([*weights, "--limit", "2", "--steps", "1", "2"])
+    inpaint.main([*weights, "--data", "shapes", "--limit", "1", "--block", "8", "--out",
+                  str(tmp_path / "in")])  # fmt: skip
+    train_ldm.main([*DATA, "--sd", str(tmp_path / "run"), "--out", str(tmp_path / "more")])
+    assert isinstance(load_model(tmp_path / "more"), Pix2SeqD)
+
+
+def test_space_pixels_has_the_defaults_of_the_paper_unless_given():
+    config = override(PRESETS["tiny"], ["space=pixels"], "ldm")
+    assert (config.self_condition, config.mask_threshold, config.bits_scale) == (0, 0, 0.1)
+    config = override(PRESETS["tiny"], ["self_condition=0.5", "space=pixels"], "ldm")
+    assert config.self_condition == 0.5
+
+
+def test_what_does_not_go_with_pixels_is_said(tmp_path, complaint):
+    run = train_ldm.main, *DATA, "--out", tmp_path
+    assert "expected no --ae" in complaint(*run, "--ae", "tiny", "--set", "space=pixels")
+    assert "expected latents" in complaint(
+        *run, "--tasks", "depth", "--set", "space=pixels")  # fmt: skip
+    assert "no --sd but" in complaint(*run, "--sd", "x", "--set", "space=pixels")
+    assert "train_ae.py" in complaint(*run, "--set", "bits=3")
+    assert "space of this run is latents" in complaint(
+        *run, "--sd", "tiny", "--set", "space=pixels")  # fmt: skip
+
+
+# ---- videos ----
+
+
+def test_things_move_and_keep_their_ids():
+    scenes = ShapeScenes("val", 64)
+    for number in range(3):
+        still, later = scenes[number], scenes.frame(number, 4)
+        assert np.array_equal(scenes.frame(number, 0)["image"], still["image"])
+        assert not np.array_equal(later["image"], still["image"])
+        kinds = [{s["id"]: s["category_id"] for s in r["segments"]} for r in (still, later)]
+        both = kinds[0].keys() & kinds[1].keys()
+        assert len(both) > 2 and all(kinds[0][id] == kinds[1][id] for id in both)
+        moved = [np.hypot(*np.subtract(*[np.argwhere(r["ids"] == id).mean(0)
+                                         for r in (still, later)])) for id in both]
+        assert 0.5 < np.median(moved) < 64 * 4 * 0.05
+
+
+def test_a_sample_has_the_frame_before_with_the_same_ids(monkeypatch):
+    config = small_config(previous=1.0, size=64, bits=4, min_segment=1)
+    scenes = ShapeScenes("train", 64)
+    stream = TrainingStream([scenes], config, 0)
+    for position in range(4):
+        one = stream[position]
+        index = int(stream.order(0, 0)[position])
+        records = scenes.frame(index, 0), scenes.frame(index, -1)
+        maps = [one["ids"], one["previous"]]
+        listed = [s["id"] for s in records[0]["segments"]]
+        pairs = set()
+        for ours, record in zip(maps, records):
+            theirs = torch.from_numpy(np.where(np.isin(record["ids"], listed), record["ids"], 0))
+            flips = [theirs, theirs.flip(-1)]
+            fits = [set(zip(flip.flatten().tolist(), ours.flatten().tolist())) for flip in flips]
+            pairs |= min(fits, key=len)
+        assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs)
+        assert (one["ids"] != one["previous"]).any()
+
+
+def test_half_of_the_samples_have_no_frame_before():
+    stream = TrainingStream([ShapeScenes("train", 32)], small_config(previous=0.5), 0)
+    share = np.mean([bool(stream[i]["previous"].any()) for i in range(60)])
+    assert 0.3 < share < 0.7
+    assert "previous" not in TrainingStream([ShapeScenes("train", 32)], small_config(), 0)[0]
+
+
+def test_the_frame_before_is_fed_and_keeps_its_ids(stub_model):
+    ids, _ = blocks()
+    previous = ids.roll(4, 2)
+    previous[1] = 0  # the second sample has none
+    fed = []
+    model = stub_model(lambda inputs, t: fed.append(inputs) or 0 * inputs[:, :4], ids="matched")
+    eps, t = gaussian(2, 4, 4, 4), torch.tensor([999, 0])
+    model.diffusion_loss(gaussian(2, 3, 32, 32), ids, eps, t, False, previous=previous)
+    torch.testing.assert_close(fed[0][:1, -4:], model.encode_mask(previous[:1]))
+    assert not fed[0][1:, -4:].any()
+    matched, _ = model.match_to(ids, eps)
+    x0 = model.encode_mask(torch.stack([ids[0], matched[1]]))  # only the second one is matched
+    torch.testing.assert_close(fed[0][:, :4], model.schedule.add_noise(x0, eps, t))
+    assert (ids[0] != matched[0]).any()
+
+
+def test_sampling_starts_from_the_frame_before(stub_model):
+    ids, _ = blocks()
+    fed = []
+    model = stub_model(lambda inputs, t: fed.append(inputs[:, -4:]) or 0 * inputs[:, :4])
+    model.sample(gaussian(2, 3, 32, 32), [(0, 0), (0, 1)], 2, previous=ids)
+    torch.testing.assert_close(fed[0], model.encode_mask(ids))
+    assert not torch.equal(fed[1], fed[0])
+
+
+def test_a_folder_of_frames_is_segmented_in_order(tmp_path, monkeypatch, tiny_run):
+    scenes, frames = ShapeScenes("val", 32), tmp_path / "frames"
+    for time in (0, 1, 10):
+        write_png(frames / f"f{time}.png", scenes.frame(0, time)["image"])
+    given = []
+    original = LDMSeg.sample
+    def spy(self, image, noise, steps, eta=0.0, task="instance", previous=None, **options):
+        given.append((noise, previous))
+        return original(self, image, noise, steps, eta, task, previous, **options)
+    monkeypatch.setattr(LDMSeg, "sample", spy)
+    out = tmp_path / "out"
+    sample.main(["--weights", str(tiny_run.ldm), "--video", str(frames), "--out", str(out),
+                 *ON_CPU])  # fmt: skip
+    assert [noise for noise, _ in given[:3]] == [[(0, 0)]] * 3
+    drawn = [rgb2id(read_image(out / f"panoptic/f{time}.png")) for time in (0, 1, 10)]
+    assert not given[0][1].any()
+    for (_, previous), ids in zip(given[1:3], drawn):
+        assert np.array_equal(previous[0], ids)
+
+
+def test_frames_before_need_generated_scenes(tmp_path, data, tiny_run, complaint):
+    line = complaint(train_ldm.main, "--data", data, "--ae", tiny_run.ae, "--out", tmp_path,
+                     *ON_CPU, "--set", "size=32", "previous=0.5")  # fmt: skip
+    assert "only --data shapes" in line
+    assert "no such folder" in complaint(sample.main, "--video", tmp_path / "none")
+    with pytest.raises(UserError, match="expected image files"):
+        sample.parse(["cat.jpg", "--video", str(tmp_path)])

@@ -281,10 +281,12 @@ def compact_ids(ids, listed):
     """NumPy ids of any size -> 1 + their index in the list `listed`; 0 if not in it."""
     if len(listed) == 0:
         return np.zeros(np.shape(ids), np.int64)
-    order = np.argsort(listed)
-    rank = np.searchsorted(listed, ids, sorter=order)  # in the sorted list
+    flat, order = np.ravel(ids), np.argsort(listed)
+    start = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)  # of runs: fewer than pixels
+    rank = np.searchsorted(listed, flat[start], sorter=order)  # in the sorted list
     place = order[rank.clip(max=len(order) - 1)]
-    return np.where(np.asarray(listed)[place] == ids, place + 1, 0)
+    found = np.where(np.asarray(listed)[place] == flat[start], place + 1, 0)
+    return found.repeat(np.diff(start, append=flat.size)).reshape(np.shape(ids))
 
 def random_relabel(ids, num_ids, generator):
     """Random distinct ids for the segments of NumPy ids in [0, N-1]; VOID stays."""
@@ -1543,7 +1545,8 @@ class PanopticDataset(Dataset):
             with reading(place, "annotation"):
                 ids = draw_instances(segments, size)
         require(ids.shape == size, f"{place}: {ids.shape} pixels, expected {size}")
-        found = set(np.unique(ids).tolist()) - {VOID}
+        first_of_runs = np.append(ids[:, 0], ids[:, 1:][ids[:, 1:] != ids[:, :-1]])  # few pixels
+        found = set(np.unique(first_of_runs).tolist()) - {VOID}
 
         # a PNG has all ids of its JSON, instances may be hidden
         only_one = sorted(found ^ {s["id"] for s in segments})[:5]
@@ -1622,11 +1625,12 @@ def prepare(record, config, rng, augment, task="instance"):
         place = {c["id"]: i for i, c in enumerate(json.loads(config.categories), start=1)}
         ids = np.array([VOID, *(place[s["category_id"]] for s in segments)])[ids]
     else:
-        areas = np.bincount(ids[ids != VOID])
+        areas = np.bincount(ids.ravel(), minlength=len(segments) + 1)
+        areas[VOID] = 0
         largest = np.argsort(-areas, kind="stable")[: config.num_ids - 1]
         least = max(config.min_segment, 1) if augment else 1
-        ids = compact_ids(ids, largest[areas[largest] >= least])
-        ids = random_relabel(ids, config.num_ids, rng)
+        new_ids = compact_ids(np.arange(len(areas)), largest[areas[largest] >= least])
+        ids = random_relabel(new_ids, config.num_ids, rng)[ids]
     maps = torch.from_numpy(ids.astype(np.int64)).split(config.size)
     sample |= zip(("ids", "previous"), maps)
     return {name: part.flip(-1) if flip else part for name, part in sample.items()}

@@ -1,6 +1,10 @@
-"""Speed, run by hand: python tests/bench.py scenes | pq | post | paper | device
+"""Speed, run by hand: python tests/bench.py followed by one of these names
 
 scenes  generated scenes per second in one process, at 64 and 256 pixels
+ae      stage 1's training step against a plain one, one thread: CPU time and peak memory
+data    a training sample of photographs against decoding its two files, one thread: CPU time
+growth  CPU time and peak memory of both stages' steps and of sampling against image size, ids,
+        segments and batch, one thread
 pq      Panoptic Quality of 640x480 pairs with 12 segments: times and their ratios, one thread
 post    logits of the shipped weights to maps of 12 megapixels, against the plain way
 paper   one training step of each stage at the paper's size, random weights: time, peak memory
@@ -11,6 +15,7 @@ device  the paper's model in bf16 on a GPU (--tiny: rehearsed on the CPU), rando
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 STARTED = time.perf_counter()
-if sys.argv[1:] == ["pq"]:
+if sys.argv[1:2] in (["ae"], ["data"], ["growth"], ["pq"]):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = "1"
 REPO = Path(__file__).resolve().parents[1]
@@ -32,15 +37,18 @@ sys.path.insert(0, str(REPO))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
 from scipy import ndimage  # noqa: E402
 from torch.nn.utils import clip_grad_norm_  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision.io import decode_png, read_file  # noqa: E402
 
 from ldmseg import (  # noqa: E402
-    PRESETS, SD_VAE, LDMSeg, MaskAutoencoder, PanopticQuality, ShapeScenes, ae_loss, distribute,
-    id2rgb, make_ema, make_optimizer, read_image, segments_of, setup_distributed, write_json,
-    write_png,
+    PRESETS, SD_VAE, VOID, LDMSeg, MaskAutoencoder, PanopticDataset, PanopticQuality, ShapeScenes,
+    ae_loss, compact_ids, distribute, id2rgb, int2bits, make_ema, make_optimizer, prepare,
+    read_image, resize_nearest, sample_uncertain_points, segments_of, setup_distributed,
+    write_json, write_png,
 )  # fmt: skip
 from train_ae import candidate_coords  # noqa: E402
 
@@ -56,14 +64,14 @@ def scenes():
         print(f"{size} pixels: {count / (time.perf_counter() - start):.0f} scenes per second")
 
 
-def milliseconds(functions, rounds=7):
+def milliseconds(functions, rounds=7, clock=time.perf_counter):
     """Median time of each of {name: function}, measured in turns: drifts hit all alike."""
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: np.median(values) for name, values in times.items()}
 
 
@@ -145,7 +153,6 @@ def pq():
 
 
 def post(size=(3000, 4000)):
-    import torch.nn.functional as F
     from ldmseg import ShapeScenes, image_tensor, load_model, most_probable
 
     def plain(logits):
@@ -164,10 +171,64 @@ def post(size=(3000, 4000)):
               f"ratio {times['ours'] / times['the plain way']:.2f}, {different} pixels differ")
 
 
+def status(name):  # MiB: VmRSS, this process's memory; VmHWM, its peak
+    words = Path("/proc/self/status").read_text().split()
+    return int(words[words.index(f"{name}:") + 1]) / 2**10
+
+
 def report(name, start):
-    words, taken = Path("/proc/self/status").read_text().split(), time.perf_counter() - start
-    peak = int(words[words.index("VmHWM:") + 1]) / 2**20
-    print(f"{name}: {taken:.1f} s, peak memory {peak:.1f} GiB", flush=True)
+    taken = time.perf_counter() - start
+    print(f"{name}: {taken:.1f} s, peak memory {status('VmHWM') / 2**10:.1f} GiB", flush=True)
+
+
+def teraflop(function):
+    """10^12 operations of the convolutions and matrix products of a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 1e12
+
+
+def ids_of(config, batch, segments):
+    """Maps int64 (B, s, s): wavy regions, VOID and `segments` others in each."""
+    rng = np.random.default_rng(0)
+    maps = [wavy_regions(rng, 512, 512, segments) for _ in range(batch)]
+    maps = [compact_ids(ids, np.unique(ids[ids != VOID])) for ids in maps]
+    return torch.from_numpy(np.stack([resize_nearest(ids, [config.size] * 2) for ids in maps]))
+
+
+def plain_ae_loss(logits, ids, points, scale=2, coords=None):
+    """Eq. 2 without sharing: logits upsampled to full size, a float mask of full size and
+    candidates of its own for each segment. coords (B, M, 2): an image's segments share these."""
+    def sample(maps, places, mode="bilinear"):
+        return F.grid_sample(maps, places[:, :, None], mode, "border", False)[..., 0]
+
+    def choose(maps, image, uncertainty):
+        count = 4 * points - int(0.75 * points)
+        places = torch.rand(len(maps), count, 2) * 2 - 1 if coords is None else coords[image]
+        with torch.no_grad():
+            void = sample(labels[image], places, "nearest")[:, 0] == VOID
+            uncertain = uncertainty(sample(maps, places)).masked_fill(void, -1e9)
+            chosen = sample_uncertain_points(uncertain, points)
+        return places.gather(1, chosen[..., None].expand(-1, -1, 2))
+
+    labels, logits = ids[:, None].float(), logits.float()
+    if scale > 1:
+        logits = F.interpolate(logits, scale_factor=scale, mode="bilinear")
+    places = choose(logits, range(len(ids)), lambda v: v.topk(2, 1).values.diff(dim=1)[:, 0])
+    target = sample(labels, places, "nearest")[:, 0].long()
+    ce = F.cross_entropy(sample(logits, places), target, ignore_index=VOID)
+
+    found = [(i, s) for i, one in enumerate(ids) for s in one.unique().tolist() if s != VOID]
+    masks = torch.stack([(ids[i] == s).float() for i, s in found])[:, None]  # (S, 1, H, W)
+    image, segment = torch.tensor(found).T
+    maps = logits[image, segment][:, None]  # (S, 1, H, W)
+    places = choose(maps, image, lambda v: -v[:, 0].abs())
+    counts = (sample(labels[image], places, "nearest")[:, 0] != VOID).float()
+    logit, truth = sample(maps, places)[:, 0], sample(masks, places)[:, 0] * counts
+    bce = F.binary_cross_entropy_with_logits(logit, truth, counts, reduction="none").sum(1)
+    probability = logit.sigmoid() * counts
+    dice = 1 - (2 * (probability * truth).sum(1) + 1) / ((probability + truth).sum(1) + 1)
+    return ce + (bce / counts.sum(1).clamp(min=1) + dice).mean()
 
 
 def ae_step_loss(model, ids):
@@ -180,6 +241,135 @@ def train_step(optimizer, loss):
     loss().backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+PLAIN = {"plain": 2, "plain, logits not upsampled": 1}  # name of a way: its `scale`
+
+
+def ae_step(kind, config, batch, segments):
+    """One training step of stage 1, ours or plain, as a function."""
+    torch.manual_seed(0)
+    model, ids = MaskAutoencoder(config), ids_of(config, batch, segments)
+    if kind == "ours":
+        model = model.to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(model, config.ae_lr, config)
+        return partial(train_step, optimizer, partial(ae_step_loss, model, ids))
+    return partial(train_step, torch.optim.AdamW(model.parameters()), lambda: plain_ae_loss(
+        model.decode(model.encode(int2bits(ids, config.bits))), ids, config.points, PLAIN[kind]))
+
+
+def cost(make_step, *arguments):
+    """CPU seconds of a step, and the MiB by which it made this process grow."""
+    torch.set_num_threads(1)
+    step = make_step(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
+    before, start = status("VmRSS"), time.process_time()
+    step()
+    return time.process_time() - start, status("VmHWM") - before
+
+
+def in_a_child(*arguments):  # `cost`, in a process that has its own peak
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(cost, arguments)
+
+
+def ae():
+    torch.set_num_threads(1)
+    for preset, batch, segments, rounds in (("tiny", 16, 15, 9), ("paper", 2, 20, 3)):
+        config = PRESETS[preset]
+        arguments = config, batch, segments
+        print(f"{preset}: batch {batch}, {config.size} pixels, {config.num_ids} ids, {segments} "
+              "segments in an image", flush=True)
+        peaks = {kind: in_a_child(ae_step, kind, *arguments)[1] for kind in (*PLAIN, "ours")}
+
+        # the same points, the same loss
+        ids, side, points = ids_of(*arguments), config.size // 2, config.points
+        logits = torch.randn(batch, config.num_ids, side, side).requires_grad_()
+        coords = candidate_coords([np.random.default_rng(0)] * batch, points, "cpu")
+        losses = {kind: partial(plain_ae_loss, logits, ids, points, scale)
+                  for kind, scale in PLAIN.items()}
+        losses["ours"] = lambda: ae_loss(logits, ids, coords, points)[0]
+        torch.testing.assert_close(losses["ours"](), plain_ae_loss(logits, ids, points, 1, coords))
+        print("    of noise, at points of their own:",
+              *(f"{kind} {loss().item():.3f};" for kind, loss in losses.items()))
+
+        steps = {kind: ae_step(kind, *arguments) for kind in losses}
+        times = milliseconds(steps, rounds, time.process_time)
+        gradients = milliseconds({kind: lambda loss=loss: torch.autograd.grad(loss(), logits)
+                                  for kind, loss in losses.items()}, rounds, time.process_time)
+        for kind in losses:
+            print(f"    {kind:>27}: step {times[kind]:6.0f} ms, of which losses "
+                  f"{gradients[kind]:5.0f}, peak memory {peaks[kind]:5.0f} MiB", flush=True)
+        for kind in PLAIN:
+            ratios = (one['ours'] / one[kind] for one in (times, gradients, peaks))
+            print("    ours / {}: step {:.2f}, losses {:.2f}, memory {:.2f}".format(
+                kind, *ratios), flush=True)
+        square = torch.randn(1024, 1024)
+        product = milliseconds({"": lambda: square @ square}, 20, time.process_time)[""]
+        ours, peak = 1e6 * teraflop(steps["ours"]) / times["ours"], 2e3 * 1.024**3 / product
+        print(f"    ours {ours:.0f} GFLOP/s, a matrix product {peak:.0f}: share {ours / peak:.2f}")
+
+
+def data():
+    torch.set_num_threads(1)
+    rng, config = np.random.default_rng(0), PRESETS["paper"]
+    for height, width in ((480, 640), (1024, 2048)):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, ids = Path(temporary), wavy_regions(rng, height, width, 20)
+            paths = folder / "photo.jpg", folder / "panoptic" / "0.png"
+            noise = ndimage.gaussian_filter(rng.standard_normal((height, width, 3)), (1, 1, 0))
+            photo = (id2rgb(ids) / 2 + 64 + 90 * noise).clip(0, 255).astype(np.uint8)
+            write_png(paths[1], id2rgb(ids))
+            Image.fromarray(photo).save(paths[0], quality=90)
+            write_json(folder / "panoptic.json", {
+                "images": [{"id": 0, "file_name": "photo.jpg"}], "categories": CATEGORIES,
+                "annotations": [{"image_id": 0, "file_name": "0.png",
+                                 "segments_info": segments_of(ids)}]})
+            dataset = PanopticDataset(folder / "panoptic.json", folder)
+            times = milliseconds({
+                "decoding the two files": lambda: [read_image(path) for path in paths],
+                "a record": lambda: dataset[0],
+                "a training sample": lambda: prepare(
+                    dataset[0], config, np.random.default_rng(0), True)},
+                15, time.process_time)  # fmt: skip
+            sizes = " and ".join(f"{path.stat().st_size / 1e3:.0f} kB" for path in paths)
+        print(f"{width} x {height}, {sizes}, to {config.size} pixels:")
+        for name, taken in times.items():
+            ratio = taken / times["decoding the two files"]
+            print(f"    {name:>22}: {taken:6.1f} ms, ratio {ratio:.2f}")
+
+
+def growth_step(kind, size, bits, segments, batch):
+    """A step of training or ten of sampling with the widths of tiny, as a function."""
+    config = replace(PRESETS["tiny"], size=size, bits=bits, points=size**2 // 10, mask_scale=1.0)
+    if kind == "stage 1":
+        return ae_step("ours", config, batch, segments)
+    torch.manual_seed(0)
+    model = LDMSeg(config).to(memory_format=torch.channels_last)
+    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.02)  # 0 has no gradient
+    model.id_latents = torch.randn(config.num_ids, config.latent_channels)  # once in a training
+    image = torch.rand(batch, 3, size, size) * 2 - 1
+    if kind == "sampling":
+        return partial(model.sample, image, [(0, place) for place in range(batch)], 10)
+    ids, t = ids_of(config, batch, segments), torch.full((batch,), 500)
+    eps = torch.randn(batch, config.latent_channels, size // 8, size // 8)
+    optimizer = make_optimizer(model, config.ldm_lr, config)
+    return partial(train_step, optimizer, lambda: model(image, ids, eps, t, True)[0])
+
+
+def growth():
+    import diffusers.models  # here, not in each child  # noqa: F401
+
+    middle = {"size": 256, "bits": 7, "segments": 20, "batch": 1}
+    others = {"size": (512, 768), "bits": (5, 8), "segments": (5, 80), "batch": (4,)}
+    points = [middle] + [middle | {name: v} for name, values in others.items() for v in values]
+    print("pixels  ids  segments  batch | stage 1, stage 2, 10 steps of sampling")
+    for point in points:
+        row = "{size:6} {ids:4} {segments:9} {batch:6}".format(ids=2 ** point["bits"], **point)
+        for kind in ("stage 1", "stage 2", "sampling"):
+            taken, peak = in_a_child(growth_step, kind, *point.values())
+            row += f" | {taken:6.2f} s {peak:5.0f} MiB"
+        print(row, flush=True)
 
 
 def stage_1():
@@ -233,13 +423,6 @@ def replayed(unet):
         return kept["output"]
 
     return call
-
-
-def teraflop(function):
-    """10^12 operations of the convolutions and matrix products of a call."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops() / 1e12
 
 
 class DeviceTable:
@@ -429,7 +612,8 @@ def device(*options):
 
 
 if __name__ == "__main__":
-    benchmarks = {f.__name__: f for f in (scenes, pq, post, paper, stage_1, stage_2, device)}
+    functions = scenes, ae, data, growth, pq, post, paper, stage_1, stage_2, device
+    benchmarks = {f.__name__: f for f in functions}
     name, *options = sys.argv[1:] or [""]
     if name not in benchmarks or (options and name != "device"):
         sys.exit(__doc__)

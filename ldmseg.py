@@ -490,7 +490,7 @@ def neighbours(count, length):
     first = position.long()
     return first, (first + 1).clamp(max=count - 1), position - first
 
-def most_probable(logits, size, threshold=0.0, nearest=False, values_at_once=2**22):
+def most_probable(logits, size, threshold=0.0, values_at_once=2**22, nearest=False):
     """Logits of an image (N, H/2, W/2), upsampled x2, then to (height, width) = size, softmax ->
     ids int32 (height, width); VOID where the highest probability is below `threshold`. Where
     four logits leave no doubt the pixels between them are not computed, the others row by row:
@@ -529,7 +529,7 @@ def most_probable(logits, size, threshold=0.0, nearest=False, values_at_once=2**
 def postprocess(logits, size, mask_threshold, min_area, nearest=False):
     """Logits (N, H/2, W/2) -> ids int32 (height, width); unsure pixels, small segments VOID.
     NOTE: released code also filters by overlap; here not, because the paper does not."""
-    ids = most_probable(logits, size, mask_threshold, nearest)
+    ids = most_probable(logits, size, mask_threshold, nearest=nearest)
     areas = sum(torch.bincount(rows.flatten(), minlength=len(logits)) for rows in ids.split(256))
     for id in ((areas > 0) & (areas < min_area)).nonzero():
         ids[ids == id] = VOID
@@ -1859,6 +1859,11 @@ def setup_distributed(device=None, amp=None):
         atexit.register(dist.destroy_process_group)
     return device, partial(torch.autocast, device.type, AMP[amp], enabled=amp != "off")
 
+def to_device(model, device):  # convolutions in channels_last are faster on GPUs, not on CPUs
+    on_gpu = torch.device(device).type == "cuda"
+    layout = torch.channels_last if on_gpu else torch.contiguous_format
+    return model.to(device, memory_format=layout)
+
 def distribute(model):
     """What a training loop calls: under torchrun DDP's, else the model itself."""
     options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -2195,7 +2200,7 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
         require(tensor.isfinite().all(), f"{path}: {name} has values that are not finite")
     ours = type(model).__name__
     require(isinstance(model, kind), f"{path}: a {ours}, expected a {kind.__name__}")
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return to_device(model, device).eval()
 
 def start_script(args, kind=nn.Module, scenes=True):
     """The model of --weights, by default a shipped one, its device, and what makes an autocast

@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from ldmseg import (
     DIVERGED, PRESETS, MaskAutoencoder, PanopticQuality, TrainingStream, ae_loss, any_rank,
     colorize, distribute, evaluate, gaussian_latents, global_mean_count, is_main, learning_rate,
-    log_line, means, open_log, open_training_data, override,
-    postprocess, random_generator, require, resume_run, run_script, save_grid, save_run,
-    segments_of, setup_distributed, training_command, training_loader, training_state,
-    training_steps, update_weights,
+    log_line, means, open_log, open_training_data, override, postprocess, random_generator, require,
+    resume_run, run_script, save_grid, save_run, segments_of, setup_distributed, to_device,
+    training_command, training_loader, training_state, training_steps, update_weights,
 )  # fmt: skip
 
 
@@ -112,7 +111,7 @@ def main(argv=None):
     stream = TrainingStream(train, config, args.seed, args.on_bad_sample)
 
     torch.manual_seed(args.seed)
-    model = MaskAutoencoder(config).to(device, memory_format=torch.channels_last)
+    model = to_device(MaskAutoencoder(config), device)
     state = training_state(model, config.ae_lr, config, args.amp, device)
     steps = config.ae_steps
     start, settings = resume_run(args, config, state, steps)

@@ -21,7 +21,7 @@ from ldmseg import (
     DIVERGED, IMAGE_ENCODERS, PRESETS, SD_VAE, SHIPPED, TASKS, LatentCache, LDMSeg, Pix2SeqD,
     TrainingStream, any_rank, colorize, distribute, evaluate, is_main, learning_rate, load_model,
     log_line, means, noise_and_timesteps, open_log, open_training_data, override, random_generator,
-    reading, require, resume_run, run_script, save_grid, save_run, setup_distributed,
+    reading, require, resume_run, run_script, save_grid, save_run, setup_distributed, to_device,
     training_command, training_loader, training_state, training_steps, update_weights,
 )  # fmt: skip
 
@@ -44,12 +44,15 @@ def parse(argv):
 
 def load_parts(args):
     """The run of --sd, None if it is none; the trained autoencoders of --ae, of ids and, for task
-    depth, of depth; the Config, that of the run or --preset, with their codes and scales."""
+    depth, of depth; the Config, that of the run or --preset, with their codes and scales. Steps,
+    batch and learning rate are those of --preset: a run may be of a larger machine."""
     config, paths, run = PRESETS[args.preset], args.ae, None
     is_run = args.sd in SHIPPED or Path(args.sd, "model.safetensors").exists()
     if is_run or args.sd.endswith(".safetensors"):
         run, paths = load_model(args.sd, kind=LDMSeg), paths or [args.sd]
-        config = replace(run.config, tasks=(), categories="", mask_scale=0.0, depth_scale=0.0)
+        config = replace(run.config, tasks=(), categories="", mask_scale=0.0, depth_scale=0.0,
+                         ldm_steps=config.ldm_steps, ldm_batch=config.ldm_batch,
+                         ldm_lr=config.ldm_lr)  # fmt: skip
     if args.image_encoder not in (None, config.image_encoder):  # 0: its own scale
         config = replace(config, image_encoder=args.image_encoder, image_scale=0.0)
     config = replace(override(config, args.set, "ldm"), tasks=tuple(args.tasks))
@@ -194,8 +197,7 @@ def main(argv=None):
     stream = TrainingStream(train, config, args.seed, args.on_bad_sample)
 
     torch.manual_seed(args.seed)
-    model = build_model(config, autoencoders, args.sd, run)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = to_device(build_model(config, autoencoders, args.sd, run), device)
     del run, autoencoders  # the model has copies
     config, steps = model.config, model.config.ldm_steps
     state = training_state(model, config.ldm_lr, config, args.amp, device)

@@ -5,6 +5,8 @@ ae      stage 1's training step against a plain one, one thread: CPU time and pe
 data    a training sample of photographs against decoding its two files, one thread: CPU time
 growth  CPU time and peak memory of both stages' steps and of sampling against image size, ids,
         segments and batch, one thread
+ldm     stage 2's training step against a plain one, one thread: CPU time
+sample  sampling by batch; sample.py from start to end, and what its imports take
 pq      Panoptic Quality of 640x480 pairs with 12 segments: times and their ratios, one thread
 post    logits of the shipped weights to maps of 12 megapixels, against the plain way
 paper   one training step of each stage at the paper's size, random weights: time, peak memory
@@ -28,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 STARTED = time.perf_counter()
-if sys.argv[1:2] in (["ae"], ["data"], ["growth"], ["pq"]):
+if sys.argv[1:2] in (["ae"], ["ldm"], ["data"], ["growth"], ["pq"]):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = "1"
 REPO = Path(__file__).resolve().parents[1]
@@ -46,9 +48,9 @@ from torchvision.io import decode_png, read_file  # noqa: E402
 
 from ldmseg import (  # noqa: E402
     PRESETS, SD_VAE, VOID, LDMSeg, MaskAutoencoder, PanopticDataset, PanopticQuality, ShapeScenes,
-    ae_loss, compact_ids, distribute, id2rgb, int2bits, make_ema, make_optimizer, prepare,
-    read_image, resize_nearest, sample_uncertain_points, segments_of, setup_distributed,
-    write_json, write_png,
+    ae_loss, compact_ids, distribute, id2rgb, image_tensor, int2bits, load_model, make_ema,
+    make_optimizer, most_probable, prepare, read_image, resize_nearest, sample_uncertain_points,
+    segments_of, setup_distributed, write_json, write_png,
 )  # fmt: skip
 from train_ae import candidate_coords  # noqa: E402
 
@@ -153,8 +155,6 @@ def pq():
 
 
 def post(size=(3000, 4000)):
-    from ldmseg import ShapeScenes, image_tensor, load_model, most_probable
-
     def plain(logits):
         logits = F.interpolate(logits[None], scale_factor=2, mode="bilinear")
         probability, ids = F.interpolate(logits, size, mode="bilinear")[0].softmax(0).max(0)
@@ -425,6 +425,75 @@ def replayed(unet):
     return call
 
 
+def plain_loss(model, image, ids, eps, t):
+    """Eq. 4 the plain way: in every step an image encoded, a first estimate with its graph."""
+    z_image = model.encode_image(image)
+    z_t = model.schedule.add_noise(model.encode_mask(ids), eps, t)
+    _, estimate, _ = model.predict(z_t, z_image, torch.zeros_like(z_t), t)
+    output, _, _ = model.predict(z_t, z_image, estimate, t)
+    return (output - eps).square().mean()
+
+
+def ldm(batch=2):
+    vae = SD_VAE | {"block_out_channels": [32, 64, 128, 128]}
+    config = replace(PRESETS["paper"], size=128, unet_widths=(96, 160, 320, 320),
+                     encoder_json=json.dumps(vae))  # fmt: skip
+    model = LDMSeg(config)
+    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.02)  # 0 has no gradient
+    ids, image = ids_of(config, batch, 20), torch.randn(batch, 3, 128, 128)
+    eps, t = torch.randn(batch, 4, 16, 16), torch.full((batch,), 500)
+    cached = model.encode_image(image)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    fused = torch.optim.AdamW(trainable, 1e-6, fused=True)
+    plain = torch.optim.AdamW(trainable, 1e-6, foreach=False)
+
+    def step(estimates=(True, False), z_image=cached, optimizer=fused):
+        for estimate in estimates:  # two steps, as the coin would have it
+            loss = partial(model.diffusion_loss, image, ids, eps, t, estimate, z_image=z_image)
+            train_step(optimizer, lambda: loss()[0])
+
+    def plain_steps():
+        for _ in range(2):
+            train_step(plain, lambda: plain_loss(model, image, ids, eps, t))
+
+    times = milliseconds({
+        "the plain way": plain_steps, "ours": step,
+        "an estimate in every step": partial(step, (True, True)),
+        "images encoded again": partial(step, z_image=None),
+        "AdamW not fused": partial(step, optimizer=plain)}, 7, time.process_time)  # fmt: skip
+    print(f"two steps of stage 2, batch {batch}, 128 pixels, Stable Diffusion v1 at a quarter of "
+          "its width, float32; the plain way, ours, and ours but for one thing")  # fmt: skip
+    for name, taken in times.items():
+        print(f"{name:>25} {taken:7.0f} ms, {taken / times['the plain way']:.2f}")
+
+
+def sample(steps=10):
+    model, dataset = load_model("tiny"), ShapeScenes("val", 64)
+    images = torch.stack([image_tensor(dataset[i]["image"], 64) for i in range(16)])
+    draws = {batch: partial(model.sample, images[:batch], [(0, i) for i in range(batch)], steps)
+             for batch in (1, 4, 16)}  # fmt: skip
+    for batch, taken in milliseconds(draws, 5).items():
+        rate = 1e6 * teraflop(draws[batch]) / taken
+        print(f"{steps} steps, batch {batch:>2}: {taken / batch:.0f} ms an image, {rate:.0f} "
+              "GFLOP/s")  # fmt: skip
+
+    # what the image's half of conv_in could save, computed once and not in every step
+    z, half = torch.randn(1, 128, 8, 8), torch.nn.Conv2d(112, 96, 3, padding=1)
+    with torch.no_grad():
+        times = milliseconds({"a step": lambda: model.unet(z, torch.tensor([500]), None),
+                              "half": lambda: half(z[:, :112])}, 30)  # fmt: skip
+    print(f"the image's half of conv_in is {times['half'] / times['a step']:.3f} of a step")
+
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {"import torch": ["-c", "import torch"],
+                    "import of the UNet": ["-c", "from diffusers import UNet2DConditionModel"],
+                    "sample.py": [REPO / "sample.py", "--out", folder]}  # fmt: skip
+        run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
+        times = milliseconds({name: partial(run, [sys.executable, *command])
+                              for name, command in commands.items()}, 3)  # fmt: skip
+    print(", ".join(f"{name} {taken / 1e3:.1f} s" for name, taken in times.items()))
+
+
 class DeviceTable:
     """The paper's model with random weights on a GPU; tiny: a small one, on the CPU."""
 
@@ -612,7 +681,7 @@ def device(*options):
 
 
 if __name__ == "__main__":
-    functions = scenes, ae, data, growth, pq, post, paper, stage_1, stage_2, device
+    functions = scenes, ae, ldm, sample, data, growth, pq, post, paper, stage_1, stage_2, device
     benchmarks = {f.__name__: f for f in functions}
     name, *options = sys.argv[1:] or [""]
     if name not in benchmarks or (options and name != "device"):

@@ -251,7 +251,6 @@ def ae_step(kind, config, batch, segments):
     torch.manual_seed(0)
     model, ids = MaskAutoencoder(config), ids_of(config, batch, segments)
     if kind == "ours":
-        model = model.to(memory_format=torch.channels_last)
         optimizer = make_optimizer(model, config.ae_lr, config)
         return partial(train_step, optimizer, partial(ae_step_loss, model, ids))
     return partial(train_step, torch.optim.AdamW(model.parameters()), lambda: plain_ae_loss(
@@ -345,7 +344,7 @@ def growth_step(kind, size, bits, segments, batch):
     if kind == "stage 1":
         return ae_step("ours", config, batch, segments)
     torch.manual_seed(0)
-    model = LDMSeg(config).to(memory_format=torch.channels_last)
+    model = LDMSeg(config)
     torch.nn.init.normal_(model.unet.conv_out.weight, std=0.02)  # 0 has no gradient
     model.id_latents = torch.randn(config.num_ids, config.latent_channels)  # once in a training
     image = torch.rand(batch, 3, size, size) * 2 - 1
@@ -374,7 +373,7 @@ def growth():
 
 def stage_1():
     config = PRESETS["paper"]
-    model = MaskAutoencoder(config).to(memory_format=torch.channels_last)
+    model = MaskAutoencoder(config)
     optimizer = make_optimizer(model, config.ae_lr, config)
     ids = torch.randint(config.num_ids, (2, 8, 8)).repeat_interleave(64, 1).repeat_interleave(64, 2)
     for step in range(2):  # the first also warms up

@@ -1,9 +1,10 @@
 """Do ids persist from frame to frame? Run by hand: python tests/video.py WEIGHTS [WEIGHTS ...]
 
-Generated scenes whose things move, one frame after the other. Three ways to number the segments:
+Generated scenes whose things move, one frame after the other. Four ways to number the segments:
 previous   sampling starts from the mask of the frame before (sample.py --video)
-one noise  each frame alone, all from one noise; then ids by IoU with the frame before
-own noise  each frame alone, from its own noise; then the same
+noise      each frame alone, all from one noise, which favours ids by their place
+IoU        each frame alone, all from one noise; then ids by IoU with the frame before
+own noise  each frame alone, from its own noise; then ids by IoU
 Printed: PQ of the frames; of the true segments that are in two frames in a row, the share of
 pixels in the second with the id that most of the segment had in the first ("kept"), and the same
 of things alone.
@@ -51,13 +52,13 @@ def kept(before, now, things):
     return counts
 
 
-def run(model, way, scenes, frames, steps):
+def run(model, way, scenes, frames, steps, stride):
     """PQ, and the share of pixels that keep their id, of all segments and of things."""
     size = model.config.size
     dataset, metric = ShapeScenes("val", size), PanopticQuality([], class_agnostic=True)
     counts, before = np.zeros((2, 2)), [None] * scenes
     for time in range(frames):
-        records = [dataset.frame(number, time) for number in range(scenes)]
+        records = [dataset.frame(number, stride * time) for number in range(scenes)]
         images = torch.stack([image_tensor(record["image"], size) for record in records])
         noise = [(0, f"{i} {time if way == 'own noise' else 0}") for i in range(scenes)]
         previous = None
@@ -67,7 +68,7 @@ def run(model, way, scenes, frames, steps):
         for i, record in enumerate(records):
             drawn, _ = draw({"instance": logits[i]}, "instance", (size, size), model.config)
             metric.update(record["ids"], record["segments"], drawn, segments_of(drawn))
-            if way != "previous" and time:
+            if way in ("IoU", "own noise") and time:
                 drawn = renumber(drawn, before[i]["drawn"])
             record["drawn"] = drawn
             if time:
@@ -83,12 +84,15 @@ def main():
     parser.add_argument("--scenes", type=int, default=25)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--stride", type=int, default=1, help="every how many frames")
     args = parser.parse_args()
     for weights in args.weights:
         model = load_model(weights)
-        print(f"{weights}, {args.scenes} scenes of {args.frames} frames, {args.steps} steps")
-        for way in ("previous", "one noise", "own noise"):
-            pq, all_kept, things_kept = run(model, way, args.scenes, args.frames, args.steps)
+        print(f"{weights}, {args.scenes} scenes of {args.frames} frames, every {args.stride}, "
+              f"{args.steps} steps")  # fmt: skip
+        for way in ("previous", "noise", "IoU", "own noise"):
+            pq, all_kept, things_kept = run(model, way, args.scenes, args.frames, args.steps,
+                                            args.stride)  # fmt: skip
             print(f"{way:>10}: PQ {pq:.3f}, kept {all_kept:.3f}, of things {things_kept:.3f}",
                   flush=True)
 

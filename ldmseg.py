@@ -1102,6 +1102,7 @@ class Pix2SeqD(LDMSeg):
         return output if self.config.pixel_loss == "ce" else self.autoencoder.decode(z)
 
     def x0_and_eps(self, output, z_t, t):
+        """As LDMSeg's, of logits (B, N, h, w) or, of pixel_loss "l2", bits (B, n, h, w)."""
         if self.config.pixel_loss == "ce":  # the mean of all bits, by their probability
             x0 = torch.einsum("bkhw,kn->bnhw", output.softmax(1), self.autoencoder.codes)
         else:

@@ -1982,8 +1982,8 @@ def writing(path):
 
 @contextmanager
 def replacing(path):
-    """Write to a temporary name, then rename: a file is whole or absent."""
-    temporary = Path(path).with_name(f".{Path(path).name}.part")
+    """Write to a temporary name, the rank's own, then rename: a file is whole or absent."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{rank_and_world()[0]}.part")
     with writing(path):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -364,7 +364,7 @@ def test_weights_with_a_flipped_bit_are_refused(tiny_run, tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
     (tmp_path / "file.json").write_text("old")
-    (tmp_path / ".file.json.part").symlink_to("/dev/full")
+    (tmp_path / ".file.json.0.part").symlink_to("/dev/full")
     with pytest.raises(UserError, match="file.json: not written .*No space left"):
         write_json(tmp_path / "file.json", 1)
     assert (tmp_path / "file.json").read_text() == "old"

@@ -226,7 +226,7 @@ def random_generator(seed, purpose, position):
     return np.random.default_rng([int(position), seed, PURPOSES.index(purpose)])
 
 def gaussian_latents(generators, config, device):
-    """Standard normal noise, float32 (B, 4, h, w): drawn from one generator per image."""
+    """Standard normal noise, float32 (B, *latent_shape): drawn from one generator per image."""
     noise = [g.standard_normal(config.latent_shape, np.float32) for g in generators]
     return torch.from_numpy(np.stack(noise)).to(device)
 
@@ -388,6 +388,7 @@ class AnalogBits(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        require_memory(config)
         self.config = config
         self.register_buffer("codes", config.bits_scale * code_table(config), persistent=False)
 
@@ -402,7 +403,8 @@ class AnalogBits(nn.Module):
         return codes
 
     def decode(self, z):  # (B, n, h, w) -> logits (B, N, h, w): the nearest code's is highest
-        fit = torch.einsum("bnhw,kn->bkhw", z, 2 * self.codes)
+        with torch.autocast(z.device.type, enabled=False):
+            fit = torch.einsum("bnhw,kn->bkhw", z, 2 * self.codes)
         fit = fit - self.codes.square().sum(1).view(1, -1, 1, 1)
         return fit * (4 / self.config.bits_scale**2)
 
@@ -614,12 +616,13 @@ class NoiseSchedule(nn.Module):
         return (z_t - noise * eps) / signal
 
     def step(self, x0, eps, t, t_next, eta=0.0, fresh_noise=0.0):
-        """Eq. 5: z at t_next (int; -1: x0 itself), of predicted x0 and eps (B, 4, h, w) at t.
+        """Eq. 5: z at t_next (-1, of pixels 0: x0 itself), of predicted x0, eps (B, 4, h, w) at t.
         eta 0: DDIM (paper); 1: DDPM, where fresh_noise replaces a part of eps."""
         alpha_bar, alpha_bar_next = self.alpha_bar_at(t), self.alpha_bar_at(t_next)
         variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
         sigma = eta * variance.sqrt()  # of DDIM, Eq. 16
-        z = alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next - sigma**2).sqrt() * eps
+        rest = (1 - alpha_bar_next - sigma**2).clamp(min=0)  # rounding may go below
+        z = alpha_bar_next.sqrt() * x0 + rest.sqrt() * eps
         return z + sigma * fresh_noise
 
     def weights(self, kind):  # of the loss at each timestep, float (T,)
@@ -871,8 +874,8 @@ class LDMSeg(nn.Module):
         return self.autoencoder.decode(z / self.config.mask_scale)
 
     def predict(self, z_t, z_image, x0_previous, t, task=0):
-        """The UNet's output, and the x0 and eps that it implies, (B, 4, h, w). t: int64 (B,) or
-        an int, as task, a place in config.trained_tasks (Supp. A). NOTE: paper: predicts eps;
+        """The UNet's output, and the x0 and eps that it implies, (B, 4, h, w). t: (B,) or one
+        number, as task, a place in config.trained_tasks (Supp. A). NOTE: paper: predicts eps;
         here also v, because a small, random UNet learns it sooner."""
         t = torch.as_tensor(t, device=z_t.device).expand(len(z_t))
         context = None
@@ -964,6 +967,8 @@ class LDMSeg(nn.Module):
         z_t = first_noise = gaussian_latents(generators, self.config, self.device)
         x0_previous = torch.zeros_like(z_t)
         if previous is not None:
+            fits = self.config.self_condition or self.config.previous
+            require(fits, "these weights never saw a mask before; train with --set previous=0.5")
             x0_previous, _ = self.encode_previous(previous)
         for t, t_next in self.timesteps(steps):
             # noise_pred = h(z_c, j), self-conditioned on the last estimate of x0
@@ -1083,6 +1088,7 @@ class Pix2SeqD(LDMSeg):
     make_autoencoder, make_schedule = AnalogBits, CosineSchedule
 
     def timesteps(self, steps):  # their Alg. 2: the next time is td steps further than it need be
+        require(steps >= 1, f"{steps} sampling steps, expected at least 1")
         T, td = self.schedule.T, self.config.td
         return [(T - T * k / steps, max(T - T * (k + 1 + td) / steps, 0)) for k in range(steps)]
 
@@ -1104,7 +1110,8 @@ class Pix2SeqD(LDMSeg):
     def x0_and_eps(self, output, z_t, t):
         """As LDMSeg's, of logits (B, N, h, w) or, of pixel_loss "l2", bits (B, n, h, w)."""
         if self.config.pixel_loss == "ce":  # the mean of all bits, by their probability
-            x0 = torch.einsum("bkhw,kn->bnhw", output.softmax(1), self.autoencoder.codes)
+            with torch.autocast(output.device.type, enabled=False):
+                x0 = torch.einsum("bkhw,kn->bnhw", output.softmax(1), self.autoencoder.codes)
         else:
             x0 = output * self.config.bits_scale
         signal, noise = self.schedule.signal_and_noise(t)
@@ -2103,9 +2110,10 @@ class LatentCache:
     def __init__(self, model, place):
         encoder, self.model, self.latents = model.image_encoder, model, {}
         frozen = not any(p.requires_grad for p in encoder.parameters())
-        require(frozen, "--cache-latents: expected a frozen image encoder, sd or dinov2")
+        require(frozen, "--cache-latents: expected --image-encoder sd or dinov2, all frozen")
         tensors = {name: t.cpu().contiguous() for name, t in encoder.state_dict().items()}
-        number = checksum(model.config.image_scale or encoder.scale, tensors)
+        about = model.config.space, model.config.image_scale or encoder.scale
+        number = checksum(about, tensors)
         self.folder = Path(place, f"{number:08x}") if place != "ram" else None
 
     def __call__(self, images):

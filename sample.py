@@ -12,7 +12,7 @@ first eight images; denoising.png with the predictions along one run (Fig. S5); 
 noises (Fig. 10). With weights that know classes, segments have the category_id of their class, and
 --task semantic draws one segment for each class. --task depth leaves depth/*.png instead, 16 bits,
 from 1, the nearest, to 65535, and coloured overlay/*.png. With --video, images of a folder in the
-order of their names (2 before 10), each starts from the mask of the one before: ids persist.
+order of their names (2 before 10), each is also given the mask of the one before: ids persist.
 """
 
 import re
@@ -71,7 +71,8 @@ def image_paths(args):
     for name in args.paths:
         folder = Path(name).is_dir()
         found = sorted(Path(name).iterdir() if folder else map(Path, glob(name)), key=in_order)
-        found = [p for p in found if p.suffix.lower() in SUFFIXES or not folder]
+        found = [p for p in found if not folder or
+                 p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]  # fmt: skip
         if not found and not Path(name).is_file():
             raise FileNotFoundError(f"{name}: no such image file, or no image in this folder")
         paths += found or [Path(name)]
@@ -154,7 +155,7 @@ def main(argv=None):
     args = parse(argv)
     model, device, autocast = start_script(args, LDMSeg, scenes=args.data in (None, "shapes")
                                            and not args.paths)
-    task = model.config.task(args.task)
+    task = model.config.task(args.task or ("instance" if args.video else None))
     args.steps = args.steps or model.config.eval_steps
     dataset, limit = choose_images(args, model.config.size)
     if args.video:
@@ -193,11 +194,12 @@ def main(argv=None):
             write_panoptic_json(out, entries, classes)
         titles = ["truth"] * (task != "depth" and not args.paths) + ["prediction", "overlay"]
         save_grid(out / "grid.png", ["image", *titles][: len(rows[0])], rows)
-        single = "instance" if task == "panoptic" else task
-        shown = model, first[:4], torch.stack(images[:4]), single, args
-        draw_denoising(*shown, out / "denoising.png")
-        draw_noises(*shown, out / "noises.png")
-    print(f"results -> {out}/ (see grid.png, denoising.png, noises.png)")
+        if not args.video:  # they draw each image alone
+            single = "instance" if task == "panoptic" else task
+            shown = model, first[:4], torch.stack(images[:4]), single, args
+            draw_denoising(*shown, out / "denoising.png")
+            draw_noises(*shown, out / "noises.png")
+    print(f"results -> {out}/ (see {', '.join(sorted(path.name for path in out.glob('*.png')))})")
 
 
 if __name__ == "__main__":

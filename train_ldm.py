@@ -36,8 +36,8 @@ def parse(argv):
                      "changes), or none: random weights"),
         "--image-encoder": dict(choices=IMAGE_ENCODERS, help="patch: trained; frozen: sd, dinov2, "
                                 "lite0 (default: preset paper sd, else patch)"),
-        "--cache-latents": dict(metavar="DIR", help="keep those of images of a frozen encoder, "
-                                "float16, in this folder, or ram")}).parse_args(argv)
+        "--cache-latents": dict(metavar="DIR", help="keep those of images, of the encoders sd "
+                                "and dinov2, in this folder, or ram")}).parse_args(argv)
     args.sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
     return args
 
@@ -57,8 +57,8 @@ def load_parts(args):
         config = replace(config, image_encoder=args.image_encoder, image_scale=0.0)
     config = replace(override(config, args.set, "ldm"), tasks=tuple(args.tasks))
     if config.in_pixels:
-        require(run or args.sd == "none" and not args.ae,
-                "--set space=pixels: expected no --ae, and no --sd but a run with it")
+        require(not args.ae and (run or args.sd == "none"),
+                "--set space=pixels: expected no --ae, and --sd none or a run with it")
         return run, [], config
     require("bits=" not in " ".join(args.set), "--set bits: expected of train_ae.py")
     paths = paths or ["runs/ae" if Path("runs/ae/model.safetensors").exists() else "tiny"]
@@ -198,6 +198,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     model = to_device(build_model(config, autoencoders, args.sd, run), device)
+    cache = LatentCache(model, args.cache_latents) if args.cache_latents else None
     del run, autoencoders  # the model has copies
     config, steps = model.config, model.config.ldm_steps
     state = training_state(model, config.ldm_lr, config, args.amp, device)
@@ -208,7 +209,6 @@ def main(argv=None):
     log = open_log(args, device)
     if not start:
         save_run(args.out, 0, config, settings, state)
-    cache = LatentCache(model, args.cache_latents) if args.cache_latents else None
     net, history, batches, failures = distribute(model), [], iter(loader), 0
     for step, interrupts in training_steps(start, steps, "stage 2"):
         # one coin per optimizer step, the same on all ranks

@@ -434,6 +434,9 @@ def test_each_image_of_a_frozen_encoder_is_encoded_once(sd_folder, tmp_path, pla
     next(model.image_encoder.parameters()).data.mul_(1.5)
     assert relative_error(LatentCache(model, place)(images), encode(images).detach()) < 1e-3
     assert model.encode_image.called
+    folder = LatentCache(model, tmp_path).folder
+    model.config = replace(model.config, space="pixels")  # whose latents are larger
+    assert LatentCache(model, tmp_path).folder != folder
 
 
 def test_a_run_with_cached_latents_learns_the_same(sd_folder, tmp_path, data, tiny_run, complaint):

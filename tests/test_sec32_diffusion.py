@@ -449,7 +449,7 @@ def test_a_run_with_cached_latents_learns_the_same(sd_folder, tmp_path, data, ti
     assert 3 <= len([*(tmp_path / "z").glob("*/*.npy")]) <= 6  # 3 images, some flipped
     line = complaint(train_ldm.main, *ldm_command(data, tiny_run.ae, tmp_path / "patch"),
                      "--cache-latents", "ram")  # fmt: skip
-    assert "expected a frozen image encoder" in line
+    assert "expected --image-encoder sd or dinov2" in line
 
 
 @pytest.mark.parametrize("image_scale, factor", [(0.0, 0.3), (2.0, 2.0)])  # 0: that of the VAE

@@ -277,12 +277,16 @@ def code_table(config):
         table = torch.cat([angle.sin(), angle.cos()], 1)
     return table * (ids != VOID)[:, None]
 
+def starts_of_runs(values):
+    """NumPy (P,) -> the places where a run of equal values begins: far fewer than P in a mask."""
+    return np.append(0, np.flatnonzero(values[1:] != values[:-1]) + 1)
+
 def compact_ids(ids, listed):
     """NumPy ids of any size -> 1 + their index in the list `listed`; 0 if not in it."""
     if len(listed) == 0:
         return np.zeros(np.shape(ids), np.int64)
     flat, order = np.ravel(ids), np.argsort(listed)
-    start = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)  # of runs: fewer than pixels
+    start = starts_of_runs(flat)
     rank = np.searchsorted(listed, flat[start], sorter=order)  # in the sorted list
     place = order[rank.clip(max=len(order) - 1)]
     found = np.where(np.asarray(listed)[place] == flat[start], place + 1, 0)
@@ -574,16 +578,16 @@ def draw(outputs, task, size, config):
         depth = F.interpolate(outputs[task][None].float(), size, mode="bilinear")[0, 0]
         return depth.cpu().numpy(), None
     classes, class_of = json.loads(config.categories or "[]"), {}
-    thresholds, nearest = (config.mask_threshold, config.min_area), config.in_pixels
+    options = config.mask_threshold, config.min_area, config.in_pixels  # of postprocess
     if task == "instance":
-        ids = postprocess(outputs[task], size, *thresholds, nearest)
+        ids = postprocess(outputs[task], size, *options)
     elif task == "semantic":
-        ids = most_probable(outputs[task], size, nearest=nearest)
+        ids = most_probable(outputs[task], size, nearest=config.in_pixels)
         ids[ids > len(classes)] = VOID
         class_of = {place: place for place in range(1, len(classes) + 1)}
     else:
         ids, class_of = merge_panoptic(outputs["instance"], outputs["semantic"], size,
-                                       [c["isthing"] for c in classes], *thresholds, nearest)
+                                       [c["isthing"] for c in classes], *options)
     ids = ids.numpy()
     return ids, segments_of(ids, {id: classes[c - 1]["id"] for id, c in class_of.items()})
 
@@ -963,7 +967,7 @@ class LDMSeg(nn.Module):
 
         # z_i = f_i(x) * s; z_t = Gaussian noise
         z_image = self.encode_image(image)
-        predictions = []  # x0 of each step
+        predictions = []  # what `decode` takes, of each step or of the last one
         z_t = first_noise = gaussian_latents(generators, self.config, self.device)
         x0_previous = torch.zeros_like(z_t)
         if previous is not None:
@@ -974,6 +978,8 @@ class LDMSeg(nn.Module):
             # noise_pred = h(z_c, j), self-conditioned on the last estimate of x0
             output, x0, eps = self.predict(z_t, z_image, x0_previous, t, known.index(task))
             x0_previous = x0 if self.config.self_condition else x0_previous
+            if not return_all:
+                predictions.clear()  # logits of all steps are large
             predictions.append((x0, task, output))
 
             # z_t = scheduler.step(z_t, noise_pred, j, j_prev), Eq. 5
@@ -1127,8 +1133,9 @@ class Pix2SeqD(LDMSeg):
             error = (output - x0 / self.config.bits_scale).square().mean(1)
         area = F.one_hot(ids.flatten(1), self.config.num_ids).sum(1)  # (B, N)
         weights = area.gather(1, ids.flatten(1)).view_as(ids) ** -self.config.loss_power
-        weights = weights * (ids != VOID)
-        count = (ids != VOID).sum((1, 2), keepdim=True)
+        valid = ids != VOID
+        weights = weights * valid
+        count = valid.sum((1, 2), keepdim=True)
         return error, weights * count / weights.sum((1, 2), keepdim=True).clamp(min=1e-9)
 
 # ========================================================================================
@@ -1553,8 +1560,8 @@ class PanopticDataset(Dataset):
             with reading(place, "annotation"):
                 ids = draw_instances(segments, size)
         require(ids.shape == size, f"{place}: {ids.shape} pixels, expected {size}")
-        first_of_runs = np.append(ids[:, 0], ids[:, 1:][ids[:, 1:] != ids[:, :-1]])  # few pixels
-        found = set(np.unique(first_of_runs).tolist()) - {VOID}
+        flat = ids.ravel()
+        found = set(np.unique(flat[starts_of_runs(flat)]).tolist()) - {VOID}
 
         # a PNG has all ids of its JSON, instances may be hidden
         only_one = sorted(found ^ {s["id"] for s in segments})[:5]

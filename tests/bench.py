@@ -498,7 +498,7 @@ class DeviceTable:
 
     def __init__(self, tiny):
         config, vae, self.kind = PRESETS["paper"], SD_VAE, "cpu" if tiny else "cuda"
-        self.batches, self.draws = (32, 48, 64, 96), ((1, 50), (16, 50), (64, 1))
+        self.batches, self.draws = (32, 64, 96), ((1, 50), (16, 50), (64, 1))
         if tiny:
             config = replace(config, size=64, points=99, unet_widths=(32, 32, 64, 64))
             vae = vae | {"block_out_channels": [32] * 4}
@@ -550,13 +550,15 @@ class DeviceTable:
 
     def sample(self):
         unet = self.model.unet
-        for kind in ("as it is", "graph", "graph of bfloat16"):
+        for kind in ("as it is", "graph", "graph of bfloat16", "bfloat16 too, cudnn.benchmark"):
             unet.bfloat16() if "bfloat16" in kind else None
+            torch.backends.cudnn.benchmark = "cudnn" in kind
             for batch, steps in self.draws:
-                if "graph" in kind:
+                if kind != "as it is":
                     unet.forward = replayed(unet)
                 self.draw_row(kind, batch, steps)
                 vars(unet).pop("forward", None)
+        torch.backends.cudnn.benchmark = False
         unet.float()
 
     def inputs(self, batch):
@@ -576,11 +578,12 @@ class DeviceTable:
         self.ema = make_ema(self.model, self.config.ema)
         self.scaler = torch.amp.GradScaler(self.kind, enabled=False)
 
-    def two_steps(self, inputs):
-        """What train_ldm.py does in a step with self-conditioning and in one without."""
+    def two_steps(self, inputs, z_image=None):
+        """What train_ldm.py does in a step with self-conditioning and in one without; z_image:
+        latents of --cache-latents."""
         for self_condition in (True, False):
             with self.autocast():
-                loss, _ = self.net(*inputs, self_condition)
+                loss, _ = self.net(*inputs, self_condition, z_image=z_image)
             self.scaler.scale(loss).backward()
             assert all(p.grad is not None for p in self.model.unet.parameters())
             self.scaler.unscale_(self.optimizer)
@@ -591,8 +594,10 @@ class DeviceTable:
             self.ema.update_parameters(self.model)
         assert loss.isfinite() and self.model.unet.conv_out.weight.isfinite().all()
 
-    def train_row(self, kind, batch, change=lambda: None):
-        steps = partial(self.two_steps, self.inputs(batch))
+    def train_row(self, kind, batch, change=lambda: None, cached=False):
+        inputs, cells = self.inputs(batch), self.config.size // 8
+        z_image = torch.randn(batch, 4, cells, cells, device=self.device) if cached else None
+        steps = partial(self.two_steps, inputs, z_image)
         return self.row(f"stage 2, {kind}, batch {batch}", 2 * batch, steps, self.flops_to_train,
                         lambda: (change(), steps()))
 
@@ -608,9 +613,11 @@ class DeviceTable:
         self.row(f"image encoder of bfloat16, batch {batch}", batch, torch.no_grad()(
             partial(layers, image)))
         self.start()
-        for batch in self.batches:
-            if self.train_row("as it is", batch) is None:
-                break
+        for cached in (False, True):
+            for batch in self.batches:
+                kind = "latents from a cache" if cached else "as it is"
+                if self.train_row(kind, batch, cached=cached) is None:
+                    break
 
     def modes(self):
         """Stage 2 with one change at a time, which the first call of its row makes."""
@@ -642,14 +649,17 @@ class DeviceTable:
             cudnn.benchmark, self.autocast = False, autocast
 
     def compile(self):  # minutes
-        self.start()
         unet, encoder = self.model.unet, self.model.image_encoder.layers
-        self.train_row("UNet compiled", self.batches[0], unet.compile)
-        self.train_row("image encoder too", self.batches[0], encoder.compile)
-        self.optimizer = self.ema = None
-        self.model.zero_grad()
-        unet.compile(mode="reduce-overhead")
-        self.draw_row("reduce-overhead", *self.draws[0])
+        encoder.compile(dynamic=False)
+        unet.bfloat16().forward = replayed(unet)
+        self.draw_row("graph of bfloat16, encoder compiled", *self.draws[-1])
+        vars(unet).pop("forward")
+        unet.compile(dynamic=False)
+        for batch, steps in self.draws[1:]:
+            self.draw_row("both compiled, bfloat16", batch, steps)
+        unet.float()
+        self.start()
+        self.train_row("UNet compiled, cache", self.batches[0], cached=True)
 
 
 def device(*options):

@@ -45,7 +45,9 @@ SCENES = {
 CATEGORIES = [{"id": 7, "name": "cell", "isthing": 1}, {"id": 9, "name": "ground", "isthing": 0}]
 
 def pytest_configure(config):
-    """pycocotools 2.0.11 warns of NumPy 2 at every mask that it decodes."""
+    """pycocotools 2.0.11 warns of NumPy 2 at every mask that it decodes. Models as small as the
+    tests' gain nothing from a second thread; on busy cores the threads wait for each other."""
+    torch.set_num_threads(1)
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
 
 def paint(height, width, segments):

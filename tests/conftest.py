@@ -124,7 +124,6 @@ def complaint(capfd, caplog, monkeypatch):
 
 def start_rank(rank, port, work, arguments):
     """What `on_two_ranks` runs in each process: torchrun's variables, then the work."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     work(rank, *arguments)
@@ -134,7 +133,9 @@ def on_two_ranks(work, *arguments):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    ranks = mp.spawn(start_rank, (port, work, arguments), nprocs=2, join=False)
+    # forked: new interpreters would spend their time on imports
+    ranks = mp.start_processes(start_rank, (port, work, arguments), nprocs=2, join=False,
+                               start_method="fork")
     give_up = time.time() + 240
     while not ranks.join(1):
         if time.time() > give_up:

@@ -1,5 +1,6 @@
 """What the tests share: a tiny data set, a model around a stub UNet, and tiny trained runs."""
 
+import json
 import logging
 import os
 import socket
@@ -24,10 +25,12 @@ import ldmseg  # noqa: E402
 import train_ae  # noqa: E402
 import train_ldm  # noqa: E402
 
+IMPORTED = {"diffusers", "transformers"} & sys.modules.keys()  # by what the scripts import
+
 TINY = ["size=32", "warmup=1", "min_segment=4", "min_area=4", "mask_threshold=0"]  # both stages
 TINY_AE = [*TINY, "bits=3", "latent_channels=4", "ae_widths=8,16,32,32", "points=40"]
-TINY_LDM = [*TINY, "stem_widths=8,8,16", "unet_widths=32,32", "unet_heads=2", "eval_steps=2",
-            "self_condition=0.3"]  # fmt: skip
+TINY_LDM = [*TINY, "stem_widths=8,8,16", "unet_widths=32,32", "unet_layers=1", "unet_heads=2",
+            "eval_steps=2", "self_condition=0.3"]  # fmt: skip
 
 # Per image: height, width, and its segments (id, category, crowd, rows, columns) in the order
 # they are painted; what no segment covers is VOID.
@@ -104,6 +107,16 @@ def tiny_run(tmp_path_factory, data):
     train_ae.main(ae_command(data, out / "ae"))
     train_ldm.main(ldm_command(data, out / "ae", out / "ldm"))
     return SimpleNamespace(ae=out / "ae", ldm=out / "ldm")
+
+@pytest.fixture
+def unscored(monkeypatch):
+    """Trainings that are not evaluated, for tests of what they learn."""
+    for script in (train_ae, train_ldm):
+        monkeypatch.setattr(script, "score", lambda *_: ({}, []))
+
+def logged(run):
+    """The lines of a run's log."""
+    return [*map(json.loads, (run / "log.jsonl").read_text().splitlines())]
 
 @pytest.fixture
 def complaint(capfd, caplog, monkeypatch):

@@ -83,7 +83,7 @@ def test_ldmseg_pt_gives_the_released_unet_output(official):
     output, *_ = model.predict(*expected["inp"].split(4, 1), expected["t"])
     assert relative_error(output, expected["eps"]) < 1e-4
 
-@pytest.mark.parametrize("steps", [1, 4, 10, 50])
+@pytest.mark.parametrize("steps", [1, 10])
 def test_ldmseg_pt_gives_the_released_samples(official, monkeypatch, steps):
     model, expected = load_official(official.ldmseg, NAMES["unet_cfg"]), reference("sched.npz")
     monkeypatch.setattr(ldmseg, "gaussian_latents", lambda *_: expected["z_T"])
@@ -136,11 +136,11 @@ def test_ema_is_the_unet_that_is_loaded(official, tmp_path):
         assert torch.equal(value, ema[f"module.{key}"]), key
 
 def test_stage_2_starts_from_ae_pt_and_says_that_the_rest_is_random(
-        official, data, tmp_path, monkeypatch, capsys):
+        official, data, tmp_path, monkeypatch, capsys, unscored):
     monkeypatch.setitem(PRESETS, "paper", replace(PRESETS["paper"], size=64))
     train_ldm.main(["--preset", "paper", "--sd", "none", "--image-encoder", "patch", "--steps", "1",
                     "--ae", str(official.ae), "--data", str(data), "--batch-size", "2", *ON_CPU,
-                    "--out", str(tmp_path), "--set", "unet_widths=32,64,64,64", "eval_steps=1"])
+                    "--out", str(tmp_path), "--set", "unet_widths=32,64,64,64"])
     trained = load_model(tmp_path).autoencoder.state_dict()
     assert all(torch.equal(trained[k], v) for k, v in load_model(official.ae).state_dict().items())
     assert "RANDOM weights" in capsys.readouterr().out

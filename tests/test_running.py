@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from unittest.mock import Mock
 
 import inpaint
@@ -24,7 +25,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import train_ae
 import train_ldm
-from conftest import ON_CPU, ConvUNet, ae_command, flat, ldm_command, on_two_ranks, small_config
+from conftest import (
+    ON_CPU, ConvUNet, ae_command, flat, ldm_command, logged, on_two_ranks, small_config,
+)  # fmt: skip
 from ldmseg import (
     Config, MaskAutoencoder, UserError, learning_rate, load_model, override, run_script,
     save_weights, write_json,
@@ -39,18 +42,16 @@ def test_set_converts_to_the_fields_type():
 
 @pytest.mark.parametrize("stage, assignment, message", [
     ("ldm", "ldm_rl=1", "no field of stage ldm.*ldm_lr"), ("ae", "bits", "not a readable int"),
-    ("ae", "bits=few", "int .*'few'"), ("ae", "ae_widths=8,x", "not a readable tuple"),
-    ("ae", "unet_widths=8,8", "no field of stage ae"), ("ldm", "preset=paper", "no field of")])
+    ("ae", "bits=few", "int .*'few'"), ("ae", "unet_widths=8,8", "no field of stage ae")])
 def test_set_names_what_it_cannot_use(stage, assignment, message):
     with pytest.raises(UserError, match=f"^--set {assignment.split('=')[0]}.*: .*{message}"):
         override(Config(), [assignment], stage)
 
 @pytest.mark.parametrize("field, value, expected", [
     ("prediction", "x0", "one of"), ("tasks", ("depth", "edges"), "one of"),
-    ("size", 40, "a multiple of 16"), ("ema", float("nan"), "0 to 1"), ("ae_clip", 0.0, "1e-09 to"),
+    ("size", 40, "a multiple of 16"), ("ema", float("nan"), "0 to 1"), ("bits", 11, "1 to 10"),
     ("ae_widths", (8, 16, 32, 40), "4 numbers, the last a multiple of 32"),
-    ("bits", 11, "1 to 10"), ("unet_widths", (32, 0), "1 to 8192"), ("unet_heads", 0, "1 to 64"),
-    ("unet_widths", (96, 104), "multiples of 32"), ("unet_layers", 10**6, "1 to 64"),
+    ("unet_widths", (32, 0), "1 to 8192"), ("unet_widths", (96, 104), "multiples of 32"),
     ("stem_widths", (8,), "3 multiples of 8"), ("unet_attention", (1,), "2 numbers"),
     ("kl_weight", 0.1, "latents=gaussian")])
 def test_an_impossible_value_is_an_error_that_names_field_and_range(field, value, expected):
@@ -137,7 +138,7 @@ def test_a_run_folder_holds_weights_config_log_and_a_picture(tiny_run, stage):
     names = {"checkpoint.pt", "checkpoint.previous.pt", "model.safetensors", "config.json",
              "log.jsonl", "step000002.png"}
     assert {path.name for path in run.iterdir()} == names
-    first, last = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    first, last = logged(run)
     assert first["step"] == last["step"] == 2 and first["loss"] > 0 and 0 <= last["pq"] <= 1
 
 @stages
@@ -156,12 +157,13 @@ def caught(number):
 
 SAVED = "interrupted at step 1, saved in {}: same command goes on\n"
 
-@stages
-@pytest.mark.parametrize("name, function, step, end, line", [
-    ("learning_rate", caught(signal.SIGINT), 1, "130", SAVED),
-    ("learning_rate", caught(signal.SIGTERM), 1, "130", SAVED),
-    ("score", Mock(side_effect=RuntimeError("a bug")), 2, "a bug", "")],
-    ids=["Ctrl-C", "SIGTERM", "evaluation fails"])
+BUG = Mock(side_effect=RuntimeError("a bug"))
+
+@pytest.mark.parametrize("stage, name, function, step, end, line", [
+    ("ae", "learning_rate", caught(signal.SIGINT), 1, "130", SAVED),
+    ("ldm", "learning_rate", caught(signal.SIGTERM), 1, "130", SAVED),
+    ("ae", "score", BUG, 2, "a bug", ""), ("ldm", "score", BUG, 2, "a bug", "")],
+    ids=["Ctrl-C", "SIGTERM", "evaluation of ae fails", "evaluation of ldm fails"])
 def test_a_run_that_is_stopped_saves_and_the_same_command_ends_like_a_straight_one(
         command, straight, tmp_path, monkeypatch, capsys, stage, name, function, step, end, line):
     main, flags = SCRIPTS[stage].main, command(stage, tmp_path, "--steps", "4", "--eval-every", "2")
@@ -223,7 +225,7 @@ def test_fresh_starts_over(command, tiny_run, tmp_path):
     again = shutil.copytree(tiny_run.ae, tmp_path / "again")
     train_ae.main(command("ae", again, "--fresh", "--seed", "5"))
     assert not equal_weights(again, tiny_run.ae)
-    assert len((again / "log.jsonl").read_text().splitlines()) == 2
+    assert len(logged(again)) == 2
 
 @pytest.mark.parametrize("name", ["model.safetensors", "log.jsonl"])
 def test_a_run_without_a_checkpoint_is_replaced_only_by_fresh(
@@ -234,7 +236,7 @@ def test_a_run_without_a_checkpoint_is_replaced_only_by_fresh(
     assert line.startswith(f"{tmp_path}: ") and "--fresh" in line
     assert (tmp_path / name).read_bytes() == before
     train_ae.main(command("ae", tmp_path, "--fresh"))
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    assert len(logged(tmp_path)) == 2
 
 def test_a_second_training_in_a_folder_stops_while_the_first_one_lives(
         complaint, command, tiny_run, tmp_path):
@@ -266,16 +268,17 @@ def test_a_broken_checkpoint_is_named(complaint, command, tmp_path):
     line = complaint(train_ae.main, *command("ae", tmp_path))
     assert line.startswith(f"{tmp_path}/checkpoint.pt: ") and "--fresh starts over" in line
 
-@pytest.mark.parametrize("steps, message", [("3", "are not finite"), ("4", "are not finite")])
+@pytest.mark.parametrize("steps", ["3", "4"])
 def test_a_diverging_run_stops_and_leaves_the_last_checkpoint(
-        complaint, command, tiny_run, tmp_path, monkeypatch, steps, message):
+        complaint, command, tiny_run, tmp_path, monkeypatch, steps):
     run = shutil.copytree(tiny_run.ae, tmp_path / "run")
     monkeypatch.setattr(train_ae, "learning_rate", lambda *_: float("inf"))
-    assert message in complaint(train_ae.main, *command("ae", run, "--steps", steps))
+    line = complaint(train_ae.main, *command("ae", run, "--steps", steps))
+    assert "are not finite" in line
     assert equal_weights(run, tiny_run.ae)
 
 @stages
-def test_the_gradient_is_clipped(command, tmp_path, stage):
+def test_the_gradient_is_clipped(command, tmp_path, unscored, stage):
     """Clipped to next to nothing and without weight decay, two steps leave the weights as one."""
     for steps in ("1", "2"):
         SCRIPTS[stage].main(command(stage, tmp_path / steps, "--steps", steps, "--set",
@@ -295,17 +298,16 @@ def not_finite(calls):
 def test_a_step_that_is_not_finite_is_left_out_and_counted(command, tmp_path, monkeypatch):
     monkeypatch.setattr(train_ae, "ae_loss", not_finite({2}))
     train_ae.main(command("ae", tmp_path / "run", "--steps", "3"))
-    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-2])
+    line, _ = logged(tmp_path / "run")
     assert line["step"] == 3 and line["skipped"] == 1 and line["loss"] > 0
     optimizer = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["optimizer"]
     assert {int(moments["step"]) for moments in optimizer["state"].values()} == {2}
 
 def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(
-        complaint, command, tmp_path, monkeypatch):
+        complaint, command, tmp_path, monkeypatch, unscored):
     monkeypatch.setattr(train_ae, "ae_loss", not_finite(range(4, 99)))
-    line = complaint(train_ae.main, *command("ae", tmp_path / "run", "--steps", "40",
-                                             "--eval-every", "3"))
-    assert line.startswith("10 steps in a row without a finite loss")
+    flags = command("ae", tmp_path / "run", "--steps", "40", "--eval-every", "6")
+    assert complaint(train_ae.main, *flags).startswith("10 steps in a row without a finite loss")
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 12
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(
@@ -384,7 +386,6 @@ def run_scripts(folder):
 
 def work(rank, world, folder):
     """What each process does; the results go to `folder`."""
-    ldmseg.build_unet = ConvUNet
     if world > 1:
         ldmseg.setup_distributed("cpu")
     stopped = ldmseg.any_rank([signal.SIGINT] * (rank == 0), "cpu")
@@ -397,8 +398,9 @@ def folders(tmp_path_factory):
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ldmseg, "build_unet", ConvUNet)
+        patch.setattr(train_ae, "latent_std", partial(train_ae.latent_std, count=16))  # of 128
         work(0, 1, one)
-    on_two_ranks(work, 2, two)
+        on_two_ranks(work, 2, two)
     return one, two
 
 @pytest.mark.parametrize("run", RUNS)
@@ -413,9 +415,9 @@ def test_gradients_of_two_ranks_equal_those_of_one_process(folders, run):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_training_on_two_ranks_logs_what_one_process_logs(folders, run):
-    one, two = ((folder / run / "log.jsonl").read_text().splitlines() for folder in folders)
+    one, two = (logged(folder / run) for folder in folders)
     assert len(one) == len(two) == 2
-    for ours, theirs in zip(map(json.loads, two), map(json.loads, one)):
+    for ours, theirs in zip(two, one):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 def test_scores_and_the_wish_to_stop_are_shared(folders):

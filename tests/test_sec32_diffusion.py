@@ -5,7 +5,7 @@ The oracles are diffusers, and values of the released code in tests/golden. (The
 of the released code: test_official.py.)"""
 
 import itertools
-import json
+import shutil
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import train_ldm
 import transformers
 from conftest import (
-    GOLDEN, VAE, ConvUNet, StubUNet, gaussian, ldm_command, relative_error, small_config,
+    GOLDEN, VAE, ConvUNet, StubUNet, gaussian, ldm_command, logged, relative_error, small_config,
 )  # fmt: skip
 from ldmseg import (
     PRESETS, LatentCache, MaskAutoencoder, NoiseSchedule, UserError, build_unet, gaussian_latents,
@@ -346,8 +346,8 @@ def sd_model(folder, **changes):
     config = ldmseg.override(small_config(**{"image_encoder": "sd"} | changes), LIKE_UNET, "ldm")
     return train_ldm.build_model(config, [MaskAutoencoder(config)], str(folder))
 
-def sd_command(data, ae, out, sd, *options):
-    return [*ldm_command(data, ae, out, *LIKE_UNET, *options), "--sd", str(sd),
+def sd_command(data, ae, out, sd):
+    return [*ldm_command(data, ae, out, *LIKE_UNET, "freeze_time=1"), "--sd", str(sd),
             "--image-encoder", "sd"]
 
 @pytest.fixture(scope="module")
@@ -358,6 +358,13 @@ def vae():
 @pytest.fixture(scope="module")
 def sd_folder(tmp_path_factory, vae):
     return save_sd(tmp_path_factory.mktemp("sd"), vae)
+
+@pytest.fixture(scope="module")
+def sd_run(tmp_path_factory, data, tiny_run, sd_folder):
+    """A run of one step from that folder."""
+    run = tmp_path_factory.mktemp("runs") / "sd"
+    train_ldm.main([*sd_command(data, tiny_run.ae, run, sd_folder), "--steps", "1"])
+    return run
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
@@ -396,14 +403,13 @@ def test_each_image_of_a_frozen_encoder_is_encoded_once(sd_folder, tmp_path, pla
     model.config = replace(model.config, space="pixels")  # whose latents are larger
     assert LatentCache(model, tmp_path).folder != folder
 
-def test_a_run_with_cached_latents_learns_the_same(sd_folder, tmp_path, data, tiny_run, complaint):
-    losses = []
-    for name, options in (("plain", []), ("cached", ["--cache-latents", str(tmp_path / "z")])):
-        train_ldm.main([*sd_command(data, tiny_run.ae, tmp_path / name, sd_folder), *options])
-        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        losses.append(json.loads(lines[0])["loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert 3 <= len([*(tmp_path / "z").glob("*/*.npy")]) <= 6  # 3 images, some flipped
+def test_a_run_with_cached_latents_learns_the_same(
+        sd_run, sd_folder, tmp_path, data, tiny_run, complaint, unscored):
+    train_ldm.main([*sd_command(data, tiny_run.ae, tmp_path, sd_folder), "--steps", "1",
+                    "--cache-latents", str(tmp_path / "z")])  # fmt: skip
+    (plain, *_), (cached, *_) = logged(sd_run), logged(tmp_path)
+    assert cached["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    assert 3 <= len([*(tmp_path / "z").glob("*/*.npy")]) <= 4  # 3 images, one again or flipped
     line = complaint(train_ldm.main, *ldm_command(data, tiny_run.ae, tmp_path / "patch"),
                      "--cache-latents", "ram")  # fmt: skip
     assert "expected --image-encoder sd or dinov2" in line
@@ -498,19 +504,19 @@ def test_only_the_unet_learns_and_it_learns_to_read_the_image(sd_folder):
     assert model.unet.conv_in.weight.grad[:, 4:8].abs().max() > 0
 
 def test_a_run_from_stable_diffusion_resumes_and_keeps_what_is_frozen(
-        data, tiny_run, sd_folder, tmp_path, monkeypatch, capsys):
-    command = sd_command(data, tiny_run.ae, tmp_path, sd_folder, "freeze_time=1")
-    for steps in ("1", "2"):
-        train_ldm.main([*command, "--steps", steps])
+        data, tiny_run, sd_folder, sd_run, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(sd_run, tmp_path / "run")
+    train_ldm.main(sd_command(data, tiny_run.ae, run, sd_folder))
     assert "resuming from step 1" in capsys.readouterr().out
     first = sd_model(sd_folder).state_dict()
     for kind in (diffusers.AutoencoderKL, diffusers.UNet2DConditionModel):
         monkeypatch.setattr(kind, "from_pretrained", None)  # the folder is not needed any more
-    same = {k for k, v in load_model(tmp_path).state_dict().items() if torch.equal(v, first[k])}
+    same = {k for k, v in load_model(run).state_dict().items() if torch.equal(v, first[k])}
     frozen = {k for k in first if k.startswith(("image_encoder.", "unet.time_embedding."))}
     assert frozen <= same and not same & {"unet.conv_in.weight", "unet.conv_out.weight"}
 
-def test_stage_2_resumes_with_dinov2_which_does_not_change(data, tiny_run, dinov2, tmp_path):
+def test_stage_2_resumes_with_dinov2_which_does_not_change(
+        data, tiny_run, dinov2, tmp_path, unscored):
     command = ldm_command(data, tiny_run.ae, tmp_path, f"dinov2={dinov2[1]}")
     for steps in ("1", "2"):
         train_ldm.main([*command, "--image-encoder", "dinov2", "--steps", steps])
@@ -543,13 +549,13 @@ def test_a_hub_id_that_cannot_be_reached_is_named(
     line = complaint(train_ldm.main, *sd_command(data, tiny_run.ae, tmp_path, "some/id"))
     assert line.startswith("some/id: ") and "We couldn't connect to the hub" in line
 
-def test_training_with_lite0_changes_the_projection_alone(data, tiny_run, tmp_path):
-    command = [*ldm_command(data, tiny_run.ae, tmp_path / "run"), "--image-encoder", "lite0"]
-    train_ldm.main(command)
-    again = [*ldm_command(data, tiny_run.ae, tmp_path / "again"), "--sd", str(tmp_path / "run")]
-    train_ldm.main(again)
-    first, second, shipped = (load_model(run).image_encoder.state_dict()
-                              for run in (tmp_path / "run", tmp_path / "again", "photos"))
+def test_training_with_lite0_changes_the_projection_alone(
+        data, tiny_run, tmp_path, unscored):
+    run, again = tmp_path / "run", tmp_path / "again"
+    for out, *start in (run, "--image-encoder", "lite0"), (again, "--sd", str(run)):
+        train_ldm.main([*ldm_command(data, tiny_run.ae, out), *start, "--steps", "1"])
+    first, second, shipped = (load_model(weights).image_encoder.state_dict()
+                              for weights in (run, again, "photos"))
     for name, tensor in shipped.items():
         if name.startswith("layers."):
             assert torch.equal(first[name], tensor) and torch.equal(second[name], tensor)
@@ -581,7 +587,8 @@ def test_a_folder_that_lacks_weights_is_refused(dinov2, tmp_path):
 
 # ---- options of training ----
 
-def test_checkpointing_recomputes_and_changes_no_weight(data, tiny_run, tmp_path, monkeypatch):
+def test_checkpointing_recomputes_and_changes_no_weight(
+        data, tiny_run, tmp_path, monkeypatch, unscored):
     calls, checkpoint = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint",
                         lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
@@ -590,7 +597,8 @@ def test_checkpointing_recomputes_and_changes_no_weight(data, tiny_run, tmp_path
     ours, expected = (load_model(run).state_dict() for run in (tmp_path, tiny_run.ldm))
     torch.testing.assert_close(ours, expected, **ALMOST)
 
-def test_compile_compiles_the_unet_and_changes_no_weight(data, tiny_run, tmp_path, monkeypatch):
+def test_compile_compiles_the_unet_and_changes_no_weight(
+        data, tiny_run, tmp_path, monkeypatch, unscored):
     compiled, original = [], nn.Module.compile
     monkeypatch.setattr(ldmseg, "build_unet", ConvUNet)
     monkeypatch.setattr(nn.Module, "compile", lambda self: (

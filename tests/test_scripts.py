@@ -154,26 +154,20 @@ def test_help_lists_the_fields_of_its_stage_as_they_are_typed(capsys, script, st
 
 FEW = ["--limit", "1", "--steps", "1", *ON_CPU]
 
-@pytest.mark.parametrize("script, flags", [
-    ("sample", ""), ("evaluate", ""), ("inpaint", "--data shapes --block 8 --drop-rate 0.5")])
-def test_the_shipped_weights_are_used_and_named_whatever_lies_in_runs(
-        tiny_run, tmp_path, monkeypatch, capsys, script, flags):
+@pytest.mark.parametrize("name, script, flags", [
+    ("tiny", "sample", ""), ("tiny", "evaluate", ""),
+    ("tiny", "inpaint", "--data shapes --block 8 --drop-rate 0.5"),
+    ("photos", "sample", "--data {0}"), ("photos", "evaluate", "--data {0}"), ("photos", "inpaint",
+     "--image {0}/val/val0.png --mask {0}/annotations/panoptic_val/val0.png")])
+def test_the_shipped_weights_for_the_data_are_used_and_named_whatever_lies_in_runs(
+        data, tiny_run, tmp_path, monkeypatch, capsys, name, script, flags):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_run.ldm, "runs/ldm")
-    SCRIPTS[script].main([*flags.split(), *FEW])
+    SCRIPTS[script].main([*flags.format(data).split(), *FEW])
     weights, *_ = capsys.readouterr().out.splitlines()
-    facts = r"[\d,]+ steps on generated scenes\b.*\bPQ 0\.\d+.*"
-    assert re.fullmatch(rf"weights: {SHIPPED['tiny']}: {facts}", weights)
-
-@pytest.mark.parametrize("script, flags", [
-    ("sample", "--data {0} --out {1}"), ("evaluate", "--data {0}"), ("inpaint", "--image "
-     "{0}/val/val0.png --mask {0}/annotations/panoptic_val/val0.png --out {1}")])
-def test_other_data_than_scenes_is_for_the_weights_of_photographs(
-        data, tmp_path, capsys, script, flags):
-    SCRIPTS[script].main([*flags.format(data, tmp_path).split(), *FEW])
-    weights, *_ = capsys.readouterr().out.splitlines()
-    facts = r"[\d,]+ steps on photographs\b.*\b128 pixels, 31 ids\b.*\bPQ 0\.\d+.*"
-    assert re.fullmatch(rf"weights: {SHIPPED['photos']}: {facts}", weights)
+    facts = r"generated scenes\b" if name == "tiny" else r"photographs\b.*\b128 pixels, 31 ids\b"
+    facts = rf"[\d,]+ steps on {facts}.*\bPQ 0\.\d+.*"
+    assert re.fullmatch(f"weights: {SHIPPED[name]}: {facts}", weights)
 
 def test_the_weights_of_photographs_part_sky_from_ground():
     noise = np.random.default_rng(0).normal(size=(240, 640, 3))

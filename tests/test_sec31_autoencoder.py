@@ -1,7 +1,6 @@
 """Sec. 3.1: codes of masks, the shallow autoencoder and its loss (Eq. 2), the codes of Table S1,
 Gaussian latents (Fig. 8), and the autoencoder of depth (Supp. A)."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ae_command, gaussian, small_config
+from conftest import ae_command, gaussian, logged, small_config
 from ldmseg import (
     PRESETS, Config, MaskAutoencoder, UserError, ae_loss, bits2int, code_table, compact_ids,
     int2bits, load_model, postprocess, random_relabel, sample_uncertain_points,
@@ -177,7 +176,7 @@ def test_a_tiny_autoencoder_overfits_one_mask():
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=3e-3)
     ids = torch.ones(1, 32, 32, dtype=torch.long)
     ids[:, 16:], ids[:, 4:20, 6:18], ids[:, 24:, 20:] = 2, 5, 7
-    for step in range(150):
+    for step in range(100):
         loss, _ = ae_loss(autoencoder.reconstruct(ids), ids, coords_of(step, points=200), 200)
         optimizer.zero_grad()
         loss.backward()
@@ -189,7 +188,7 @@ def test_a_tiny_autoencoder_overfits_one_mask():
     (["codes=colour"], 3), (["codes=positional"], 8), (["latents=gaussian", "kl_weight=1e-3"], 3)])
 def test_stage_1_trains_and_reports_miou_with(data, tmp_path, options, columns):
     main(ae_command(data, tmp_path, *options))
-    first, last = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    first, last = logged(tmp_path)
     assert 0 < last["miou"] < 1 and load_model(tmp_path).encoder[0].weight.shape[1] == columns
     assert (first["kl"] > 0) == ("latents=gaussian" in options)
     parts = first["ce"] + first["bce"] + first["dice"] + 1e-3 * first["kl"]

@@ -71,14 +71,12 @@ def test_released_weights_clamp_the_signal_to_noise_ratio_at_2():
     schedule.alpha_bar[[0, 1, 2, 3]] = torch.tensor([0.99, 0.8, 0.5, 0.01])  # SNR 99, 4, 1, 1/99
     torch.testing.assert_close(schedule.weights("released")[:4], torch.tensor([2 / 99, 0.5, 1, 1]))
 
-@pytest.mark.parametrize("steps, expected", [
-    (1, [999]), (3, [999, 666, 332]), (4, [999, 749, 499, 249]), (50, list(range(999, 0, -20))),
-    (7, [999, 856, 713, 570, 428, 285, 142]), (1000, list(range(999, -1, -1)))])
-def test_timesteps_are_evenly_spaced_from_the_noisiest(steps, expected):
-    assert NoiseSchedule().timesteps(steps) == expected
-
-def test_a_power_moves_sampled_timesteps_towards_noise():
-    assert NoiseSchedule().timesteps(5, 2.0) == [999, 959, 839, 639, 359]
+@pytest.mark.parametrize("steps, power, expected", [
+    (1, 1.0, [999]), (3, 1.0, [999, 666, 332]), (7, 1.0, [999, 856, 713, 570, 428, 285, 142]),
+    (50, 1.0, [*range(999, 0, -20)]), (1000, 1.0, [*range(999, -1, -1)]),
+    (5, 2.0, [999, 959, 839, 639, 359])])
+def test_timesteps_are_evenly_spaced_from_the_noisiest_or_nearer_to_it(steps, power, expected):
+    assert NoiseSchedule().timesteps(steps, power) == expected
 
 def test_draws_depend_on_seed_purpose_and_position_only():
     def draw(*key):
@@ -188,8 +186,8 @@ def test_autocast_changes_no_id(stub_model):
         assert torch.equal(model.match_to(ids, eps)[0], expected)
         assert model.diffusion_loss(image, ids, eps, t, False)[0].isfinite()
 
-@pytest.mark.parametrize("power, above, share", [(1.0, 0.75, 0.25), (2.0, 0.75, 0.5),
-                                                 (2.0, 0.51, 0.7), (3.0, 0.999, 0.1)])
+@pytest.mark.parametrize("power, above, share", [(1.0, 0.75, 0.25), (2.0, 0.51, 0.7),
+                                                 (3.0, 0.999, 0.1)])  # fmt: skip
 def test_a_power_moves_timesteps_towards_noise(power, above, share):
     config = small_config(timestep_power=power)
     _, t = train_ldm.noise_and_timesteps(torch.arange(4000), config, 0, "cpu")
@@ -282,7 +280,7 @@ def mixing_unet(inputs, t):
     mixed = torch.einsum("oc,bchw->bohw", gaussian(4, 24) / 30, inputs)
     return (mixed + t.view(-1, 1, 1, 1) / 1000).tanh()
 
-@pytest.mark.parametrize("eta, steps", [(0, 1), (0, 4), (0, 50), (1, 1), (1, 7), (1, 50)])
+@pytest.mark.parametrize("eta, steps", [(0, 1), (0, 50), (1, 1), (1, 7), (1, 50)])
 @pytest.mark.parametrize("prediction", KINDS)
 def test_ddim_and_ddpm_equal_diffusers(stub_model, monkeypatch, eta, prediction, steps):
     z_image, draws = gaussian(2, 16, 4, 4, seed=1), gaussian(steps + 1, 2, 4, 4, 4, seed=2)

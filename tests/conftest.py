@@ -21,6 +21,7 @@ import torch.nn as nn
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+import evaluate  # noqa: E402
 import ldmseg  # noqa: E402
 import train_ae  # noqa: E402
 import train_ldm  # noqa: E402
@@ -119,6 +120,15 @@ def logged(run):
     return [*map(json.loads, (run / "log.jsonl").read_text().splitlines())]
 
 @pytest.fixture
+def evaluated(tmp_path):
+    """A function (arguments) -> the JSON that evaluate.py leaves."""
+    def run(*arguments):
+        evaluate.main([*ON_CPU, *map(str, arguments), "--json", str(tmp_path / "out.json")])
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+@pytest.fixture
 def complaint(capfd, caplog, monkeypatch):
     """A function (main, arguments) -> the one line on stderr of a script that must fail."""
     for library in ("diffusers", "transformers"):  # their warnings go to stderr as well
@@ -135,20 +145,19 @@ def complaint(capfd, caplog, monkeypatch):
 
     return run
 
-def start_rank(rank, port, work, arguments):
-    """What `on_two_ranks` runs in each process: torchrun's variables, then the work."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    work(rank, *arguments)
-
 def on_two_ranks(work, *arguments):
     """Call work(rank, *arguments) in two processes; fails where they do not come to an end."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    # forked: new interpreters would spend their time on imports
-    ranks = mp.start_processes(start_rank, (port, work, arguments), nprocs=2, join=False,
-                               start_method="fork")
+
+    def start(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # of torchrun
+        work(rank, *arguments)
+
+    # new interpreters would spend their time on imports
+    ranks = mp.start_processes(start, nprocs=2, join=False, start_method="fork")
     give_up = time.time() + 240
     while not ranks.join(1):
         if time.time() > give_up:

@@ -62,10 +62,10 @@ def test_complete_keeps_what_is_given_and_its_ids_and_finds_the_rest(model):
     assert {s["id"]: s["area"] for s in segments} == areas_of(result)
     assert panoptic_quality(ids, result)["pq"] > 0.5
 
-def test_the_shipped_autoencoder_alone_reconstructs_scenes(model, tmp_path):
+def test_the_shipped_autoencoder_alone_reconstructs_scenes(model, tmp_path, evaluated):
     autoencoder, path = model.autoencoder, tmp_path / "ae.safetensors"
     ldmseg.save_weights(path, autoencoder, autoencoder.config)
-    result = evaluate_with(path, "shapes", tmp_path, "--limit", "16")
+    result = evaluated("--weights", path, "--data", "shapes", "--limit", 16)
     assert result["All"]["pq"] > 0.8 and result["All"] == result["autoencoder"]
 
 # ---- sample.py ----
@@ -127,13 +127,8 @@ def test_a_result_never_overwrites_an_image(complaint, data, tiny_run, tmp_path)
 
 # ---- evaluate.py ----
 
-def evaluate_with(weights, data, out, *more):
-    flags = ["--weights", weights, "--data", data, "--json", out / "pq.json", *more, *ON_CPU]
-    evaluate.main([str(flag) for flag in flags])
-    return json.loads((out / "pq.json").read_text())
-
-def test_evaluate_makes_a_table_of_several_step_counts(data, tiny_run, tmp_path, capsys):
-    result = evaluate_with(tiny_run.ldm, data, tmp_path, "--steps", "1", "2")
+def test_evaluate_makes_a_table_of_several_step_counts(data, tiny_run, evaluated, capsys):
+    result = evaluated("--weights", tiny_run.ldm, "--data", data, "--steps", 1, 2)
     assert [row["steps"] for row in result["sweep"]] == [1, 2]
     assert all(row["All"].keys() == {"pq", "sq", "rq", "n"} for row in result["sweep"])
     names = [line[:12].strip() for line in capsys.readouterr().out.splitlines()]

@@ -120,8 +120,9 @@ def scores_in_loops(ids, eps, latents):
             score[ids[y, x], id] += fit / 64
     return score
 
-def test_the_ids_are_the_best_of_all_permutations():
+def test_the_ids_are_the_best_of_all_permutations_and_void_stays():
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 5, (3, 4, 4)))
+    ids[1].clamp_(max=3), ids[2].clamp_(max=1)  # not all ids have a segment
     ids = ids.repeat_interleave(6, 1).repeat_interleave(4, 2)  # (3, 24, 16): cells of several
     eps, latents = gaussian(3, 4, 3, 2), gaussian(5, 4, seed=1)
     new_ids = match_ids(ids, eps, latents)
@@ -129,17 +130,7 @@ def test_the_ids_are_the_best_of_all_permutations():
         score = scores_in_loops(image, noise, latents)
         totals = {order: sum(score[i, id] for i, id in enumerate(order, start=1))
                   for order in itertools.permutations(range(1, 5))}
-        assert new == [0, *max(totals, key=totals.get)]
-
-def test_a_single_segment_takes_the_id_of_its_highest_score_and_void_stays():
-    ids = torch.zeros(2, 16, 16, dtype=torch.long)
-    ids[0, 4:, 3:], ids[1, :9] = 6, 2
-    eps, latents = gaussian(2, 4, 2, 2), gaussian(8, 4, seed=1)
-    new_ids = match_ids(ids, eps, latents)
-    for image, old in (0, 6), (1, 2):
-        score = scores_in_loops(ids[image], eps[image], latents)
-        assert new_ids[image, old] == 1 + score[old, 1:].argmax()
-        assert new_ids[image, 0] == 0 and sorted(new_ids[image].tolist()) == list(range(8))
+        assert new[0] == 0 and totals[tuple(new[1:])] == pytest.approx(max(totals.values()))
 
 def test_training_adds_the_noise_that_chose_the_ids_and_it_is_the_same_without_matching(stub_model):
     image, ids, eps, _ = loss_inputs()
@@ -547,18 +538,11 @@ def test_a_hub_id_that_cannot_be_reached_is_named(
     line = complaint(train_ldm.main, *sd_command(data, tiny_run.ae, tmp_path, "some/id"))
     assert line.startswith("some/id: ") and "We couldn't connect to the hub" in line
 
-def test_training_with_lite0_changes_the_projection_alone(
+def test_training_with_lite0_starts_from_the_shipped_layers_and_keeps_them(
         data, tiny_run, tmp_path, unscored):
-    run, again = tmp_path / "run", tmp_path / "again"
-    for out, *start in (run, "--image-encoder", "lite0"), (again, "--sd", str(run)):
-        train_ldm.main([*ldm_command(data, tiny_run.ae, out), *start, "--steps", "1"])
-    first, second, shipped = (load_model(weights).image_encoder.state_dict()
-                              for weights in (run, again, "photos"))
-    for name, tensor in shipped.items():
-        if name.startswith("layers."):
-            assert torch.equal(first[name], tensor) and torch.equal(second[name], tensor)
-        else:
-            assert not torch.equal(first[name], second[name])
+    train_ldm.main([*ldm_command(data, tiny_run.ae, tmp_path), "--image-encoder", "lite0"])
+    ours, shipped = (load_model(run).image_encoder.layers for run in (tmp_path, "photos"))
+    torch.testing.assert_close(ours.state_dict(), shipped.state_dict(), rtol=0, atol=0)
 
 def test_an_encoder_is_a_class_and_its_name_in_one_dict(data, tiny_run, tmp_path, monkeypatch):
     class Brightness(nn.Module):

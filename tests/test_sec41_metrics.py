@@ -155,21 +155,12 @@ def write_pair(root, images):
     return root
 
 def files(root, *more):
-    return ["--gt", f"{root}/gt.json", "--pred", f"{root}/pred.json", "--workers", "0", *more]
-
-@pytest.fixture
-def evaluated(tmp_path):
-    """A function (arguments) -> the JSON that evaluate.py leaves."""
-    def run(arguments):
-        evaluate.main([*arguments, "--json", str(tmp_path / "out.json")])
-        return json.loads((tmp_path / "out.json").read_text())
-
-    return run
+    return ["--gt", f"{root}/gt.json", "--pred", f"{root}/pred.json", *more]
 
 def test_scores_of_files_equal_a_count_with_masks_for_any_workers(tmp_path, evaluated):
     images = [image for images in CASES[:30] for image in images]
     command = files(write_pair(tmp_path / "pair", images))
-    results = [evaluated([*command, "--workers", workers]) for workers in ("0", "1", "2")]
+    results = [evaluated(*command, "--workers", workers) for workers in ("0", "1", "2")]
     assert results == results[:1] * 3  # to the last digit
     assert flat(results[0]) == near(by_masks(images, CATEGORIES, Counter()))
 
@@ -178,7 +169,7 @@ def test_scores_equal_hotcoco(tmp_path, evaluated):
     root = write_pair(tmp_path / "pair", [image for images in CASES for image in images])
     oracle = panoptic.PanopticEval(str(root / "gt.json"), str(root / "pred.json"))
     oracle.evaluate()
-    results, classes, got = oracle.results(), oracle.report()["metrics"], evaluated(files(root))
+    results, classes, got = oracle.results(), oracle.report()["metrics"], evaluated(*files(root))
     expected = {group: results[group] for group in ("All", "Things", "Stuff")}
     expected |= {"miou": classes["mIoU"], "pixel_accuracy": classes["aAcc"]}
     assert flat({key: got[key] for key in expected}) == near(expected, 1e-9)
@@ -187,7 +178,7 @@ REFERENCE = GOLDEN / "pq_small"
 EXPECTED = json.loads((REFERENCE / "expected.json").read_text())
 
 def test_scores_and_printed_rows_equal_the_reference(evaluated, capsys):
-    expected, got = dict(EXPECTED), evaluated(files(REFERENCE, "--per-class"))
+    expected, got = dict(EXPECTED), evaluated(*files(REFERENCE, "--per-class"))
     del expected["class_agnostic"]
     assert {k: flat(got)[k] for k in flat(expected)} == near(expected)
     printed = " ".join(capsys.readouterr().out.split())
@@ -199,7 +190,7 @@ def test_class_agnostic_scores_of_other_folders_equal_the_reference(evaluated, t
     for name in ("gt", "pred"):
         shutil.copy(REFERENCE / f"{name}.json", tmp_path)
         flags += [f"--{name}-dir", str(REFERENCE / name)]
-    assert flat(evaluated(files(tmp_path, *flags))["All"]) == near(EXPECTED["class_agnostic"])
+    assert flat(evaluated(*files(tmp_path, *flags))["All"]) == near(EXPECTED["class_agnostic"])
 
 IDS = np.array([[5, 5, 5, 70000, 70000, 0]] * 4)
 SEGMENTS = [{"id": 5, "category_id": 3}, {"id": 70000, "category_id": 7}]
@@ -217,12 +208,12 @@ def edit(name, change, root):
 @pytest.mark.parametrize("images", [[], [(0 * IDS, [], IDS, SEGMENTS)]], ids=["none", "all VOID"])
 def test_without_truth_every_score_is_0_over_no_category(tmp_path, evaluated, images):
     nothing = {group: {"pq": 0, "sq": 0, "rq": 0, "n": 0} for group in ("All", "Things", "Stuff")}
-    result = evaluated(files(write_pair(tmp_path / "pair", images)))
+    result = evaluated(*files(write_pair(tmp_path / "pair", images)))
     assert result == nothing | {"per_class": {}, "miou": 0, "pixel_accuracy": 0}
 
 def test_allow_missing_counts_the_segments_as_missed(small, evaluated):
     edit("pred", lambda annotations: annotations.pop(1), small)
-    row = evaluated(files(small, "--allow-missing"))["per_class"]["3"]
+    row = evaluated(*files(small, "--allow-missing"))["per_class"]["3"]
     assert (row["tp"], row["fp"], row["fn"]) == (2, 0, 1)
 
 @pytest.mark.parametrize("change, warning, counts", [
@@ -235,7 +226,7 @@ def test_allow_missing_counts_the_segments_as_missed(small, evaluated):
 ], ids=["nothing odd", "areas", "ids"])  # fmt: skip
 def test_what_is_odd_is_warned_of_once(small, evaluated, capfd, change, warning, counts):
     edit("gt", change, small)
-    row = evaluated(files(small, "--workers", "2"))["per_class"]["3"]
+    row = evaluated(*files(small, "--workers", "2"))["per_class"]["3"]
     assert (row["tp"], row["fp"], row["fn"]) == counts
     assert capfd.readouterr().err == (f"warning: {small}/gt.json: {warning}\n" if warning else "")
 
@@ -281,8 +272,8 @@ def test_saved_samples_score_like_the_weights(data, tiny_run, tmp_path, evaluate
     shutil.copy(samples, truth)
     for path in (tmp_path / "panoptic").iterdir():
         write_png(tmp_path / "moved" / path.name, np.roll(read_image(path), 1, axis=1))
-    direct = evaluated([*command, "--data", str(truth)])
-    saved = evaluated(["--gt", str(truth), "--pred", str(samples), "--class-agnostic"])
+    direct = evaluated(*command, "--data", truth)
+    saved = evaluated("--gt", truth, "--pred", samples, "--class-agnostic")
     assert flat(saved) == near({k: direct[k] for k in saved}) and 0.1 < saved["All"]["pq"] < 0.9
 
 # ---- logits -> segments, and their comparison ----

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 import train_ae
 import train_ldm
-from conftest import ON_CPU, SCENES, ConvUNet, ae_command, gaussian, ldm_command, small_config
+from conftest import (
+    ON_CPU, SCENES, ConvUNet, ae_command, gaussian, ldm_command, logged, small_config,
+)  # fmt: skip
 from ldmseg import (
     TASKS, DepthQuality, LDMSeg, MaskAutoencoder, ShapeScenes, TrainingStream, UserError,
     int2bits, load_model, merge_panoptic, prepare, read_image, relative_depth, save_weights,
@@ -153,17 +155,18 @@ def test_semantic_ids_are_the_places_of_the_classes(ids, categories, expected):
         drawn = prepared(record, seed)["ids"][:, :: 32 // len(ids)]
         assert drawn.unique(dim=0).tolist() == [expected]
 
+@pytest.mark.parametrize("augment", [True, False])
 @pytest.mark.parametrize("task", TASKS)
-def test_all_flips_with_the_image_and_depth_is_relative(task):
+def test_all_flips_with_the_image_in_training_only_and_depth_is_relative(task, augment):
     record, flips = record_of((1, 2, 2, 2), {1: 40, 2: 7}, np.linspace(1, 2, 32)), set()
     record["depth"][5, 7] = np.nan
     for seed in range(20):
-        drawn = prepared(record, seed, task, augment=True)
+        drawn = prepared(record, seed, task, augment)
         flips.add(flip := bool(drawn["image"][0, 0, 0] < 0))
         ids, depth = (drawn[k].flip(-1) if flip else drawn[k] for k in ("ids", "depth"))
         assert ids[0, 0] != ids[0, 8] == ids[0, 31]
         np.testing.assert_allclose(depth, relative_depth(record["depth"]), atol=1e-6)
-    assert flips == {True, False}
+    assert flips == ({True, False} if augment else {False})
 
 def test_constant_depth_is_an_error_that_names_the_image_where_a_task_needs_it():
     record = record_of((1, 2), {1: 7, 2: 9}, (4.0, 4.0))
@@ -232,16 +235,13 @@ def tasks_command(runs, out, *tasks):
     command = ldm_command("shapes", runs.ae, out, "--limit", "2", "--tasks", *tasks)
     return [*command[:2], *[str(runs.depth)] * ("depth" in tasks), *command[2:]]
 
-def last_scores(run):
-    return json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-
 def test_weights_of_several_tasks_hold_both_autoencoders_their_scales_and_the_classes(runs):
     model, config = load_model(runs.ldm), load_model(runs.ldm).config
     for name, run, scale in (("autoencoder", runs.ae, config.mask_scale),
                              ("depth_autoencoder", runs.depth, config.depth_scale)):
         own, expected = getattr(model, name).state_dict(), load_model(run).state_dict()
         assert all(torch.equal(own[k], v) for k, v in expected.items())
-        assert scale == pytest.approx(0.7 / last_scores(run)["latent_std"])
+        assert scale == pytest.approx(0.7 / logged(run)[-1]["latent_std"])
     assert json.loads(config.categories) == ShapeScenes.categories and config.tasks == TASKS
 
 @pytest.mark.parametrize("tasks, names", [
@@ -253,18 +253,17 @@ def test_weights_of_several_tasks_hold_both_autoencoders_their_scales_and_the_cl
 def test_any_tasks_are_trained_in_their_order_and_scored(runs, tmp_path, tasks, names):
     train_ldm.main(tasks_command(runs, tmp_path, *tasks))
     expected = {"step", "sampling_steps", "autoencoder_pq", *names.split()}
-    assert load_model(tmp_path).config.tasks == tasks and set(last_scores(tmp_path)) == expected
+    assert load_model(tmp_path).config.tasks == tasks and set(logged(tmp_path)[-1]) == expected
 
 @pytest.mark.parametrize("task, categories", [
     ("panoptic", range(1, 12)), ("semantic", range(1, 12)), ("instance", [1])])
-def test_the_weights_draw_the_masks_that_sample_wrote(runs, data, tmp_path, task, categories):
+def test_the_weights_draw_the_masks_that_sample_wrote(
+        runs, data, tmp_path, evaluated, task, categories):
     command = ["--weights", str(runs.ldm), "--steps", "2", "--task", task, "--data"]
     sample.main([*command, str(data), "--out", str(tmp_path), *ON_CPU])
     written = json.loads((tmp_path / "panoptic.json").read_text())
     assert [c["id"] for c in written["categories"]] == [*categories]
-    evaluate.main([*command, str(tmp_path / "panoptic.json"), "--images", str(data / "val"),
-                   "--json", str(tmp_path / "out.json"), *ON_CPU])  # fmt: skip
-    result = json.loads((tmp_path / "out.json").read_text())
+    result = evaluated(*command, tmp_path / "panoptic.json", "--images", data / "val")
     assert (result["miou"] if task == "semantic" else result["All"]["pq"]) == 1
 
 def test_sampled_depth_is_written_in_16_bits(runs, data, tmp_path):
@@ -278,12 +277,10 @@ def test_sampled_depth_is_written_in_16_bits(runs, data, tmp_path):
         depth = F.interpolate(depth, (height, width), mode="bilinear")[0, 0].clamp(-1, 1)
         np.testing.assert_allclose((np.asarray(written) - 1.0) / 65534, (depth + 1) / 2, atol=1e-3)
 
-def test_a_depth_autoencoder_is_scored_by_depth(runs, tmp_path):
-    out, logged = str(tmp_path / "out.json"), last_scores(runs.depth)
-    evaluate.main(["--weights", str(runs.depth), "--limit", "2", "--json", out, *ON_CPU])
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert set(result) == {"depth", "autoencoder"} and 0 < logged["abs_rel"] < 1
-    assert result["depth"] == pytest.approx({k: logged[k] for k in result["depth"]})
+def test_a_depth_autoencoder_is_scored_by_depth(runs, evaluated):
+    result, last = evaluated("--weights", runs.depth, "--limit", 2), logged(runs.depth)[-1]
+    assert set(result) == {"depth", "autoencoder"} and 0 < last["abs_rel"] < 1
+    assert result["depth"] == pytest.approx({k: last[k] for k in result["depth"]})
 
 def test_data_with_other_classes_than_the_weights_is_an_error(complaint, runs, data):
     flags = ["--weights", runs.ldm, "--data", data, "--task", "semantic", *ON_CPU]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import train_ldm
 import transformers
 from conftest import (
-    GOLDEN, VAE, ConvUNet, StubUNet, gaussian, ldm_command, logged, relative_error, small_config,
+    GOLDEN, VAE, ConvUNet, StubUNet, gaussian, ldm_command, relative_error, small_config,
 )  # fmt: skip
 from ldmseg import (
     PRESETS, LatentCache, MaskAutoencoder, NoiseSchedule, UserError, build_unet, gaussian_latents,
@@ -396,8 +396,9 @@ def test_a_run_with_cached_latents_learns_the_same(
         sd_run, sd_folder, tmp_path, data, tiny_run, complaint, unscored):
     train_ldm.main([*sd_command(data, tiny_run.ae, tmp_path, sd_folder), "--steps", "1",
                     "--cache-latents", str(tmp_path / "z")])  # fmt: skip
-    (plain, *_), (cached, *_) = logged(sd_run), logged(tmp_path)
-    assert cached["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    ours, expected = (torch.load(run / "checkpoint.pt")["optimizer"]["state"][0]["exp_avg"]
+                      for run in (tmp_path, sd_run))  # the first moment of conv_in's weights
+    assert relative_error(ours[:, 4:8], expected[:, 4:8]) < 0.01  # what reads the image
     assert 3 <= len([*(tmp_path / "z").glob("*/*.npy")]) <= 4  # 3 images, one again or flipped
     line = complaint(train_ldm.main, *ldm_command(data, tiny_run.ae, tmp_path / "patch"),
                      "--cache-latents", "ram")  # fmt: skip

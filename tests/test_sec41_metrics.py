@@ -246,8 +246,7 @@ BAD_FILES = {  # the damage; what the one line says after the folder, * is anyth
                           "pred/2.png: image 2: the prediction *none of [[]5, 70000]"),
     "no prediction": (partial(edit, "pred", list.pop), "pred.json: no prediction for 1 of 3*is 3"),
     "no truth": (partial(edit, "pred", lambda a: a.append({**a[0], "image_id": 77})),
-                 "pred.json: predictions for 1 images that */gt.json does not have*77"),
-}  # fmt: skip
+                 "pred.json: predictions for 1 images that *gt.json does not have*77")}  # fmt: skip
 
 @pytest.mark.parametrize("workers, case", [
     *(("0", case) for case in BAD_FILES), ("1", "truncated PNG"), ("1", "id not in the PNG")])

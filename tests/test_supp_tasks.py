@@ -147,8 +147,7 @@ def prepared(record, seed=0, task="semantic", augment=False, **changes):
 @pytest.mark.parametrize("ids, categories, expected", [
     ((500, 2, 70000, 3), {500: 40, 2: 7, 70000: 9, 3: 40}, [3, 1, 2, 3]),
     ((1, 2, 3, 0), {1: 7, 2: 40}, [0, 3, 0, 0]),  # 1 is a crowd, 3 is not listed
-    (range(1, 17), {id: 7 + 2 * (id % 2) for id in range(2, 17)}, [0, 1] + 7 * [2, 1]),  # > N ids
-])
+    (range(1, 17), {id: 7 + 2 * (id % 2) for id in range(2, 17)}, [0, 1] + 7 * [2, 1])])  # > N ids
 def test_semantic_ids_are_the_places_of_the_classes(ids, categories, expected):
     record = record_of(ids, categories, (1, 2), crowds=[1])
     for seed in range(5):  # never relabelled
@@ -248,8 +247,7 @@ def test_weights_of_several_tasks_hold_both_autoencoders_their_scales_and_the_cl
     (("depth", "instance"), "depth_abs_rel depth_rmse depth_delta1 pq sq rq"),
     (("semantic", "instance"), " ".join(
         f"{task}{name}" for task in ("panoptic_", "semantic_") for name in
-        ("pq", "sq", "rq", "miou", "pixel_accuracy")) + " pq sq rq"),
-])  # fmt: skip
+        ("pq", "sq", "rq", "miou", "pixel_accuracy")) + " pq sq rq")])  # fmt: skip
 def test_any_tasks_are_trained_in_their_order_and_scored(runs, tmp_path, tasks, names):
     train_ldm.main(tasks_command(runs, tmp_path, *tasks))
     expected = {"step", "sampling_steps", "autoencoder_pq", *names.split()}

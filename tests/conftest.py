@@ -9,6 +9,7 @@ import time
 import traceback
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,7 @@ def pytest_configure(config):
     """pycocotools 2.0.11 warns of NumPy 2 at every mask that it decodes. Models as small as the
     tests' gain nothing from a second thread; on busy cores the threads wait for each other."""
     torch.set_num_threads(1)
+    train_ae.latent_std = partial(train_ae.latent_std, count=16)  # of 128, half of a run's time
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
 
 def paint(height, width, segments):

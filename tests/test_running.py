@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from unittest.mock import Mock
 
 import inpaint
@@ -398,7 +397,6 @@ def folders(tmp_path_factory):
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ldmseg, "build_unet", ConvUNet)
-        patch.setattr(train_ae, "latent_std", partial(train_ae.latent_std, count=16))  # of 128
         work(0, 1, one)
         on_two_ranks(work, 2, two)
     return one, two

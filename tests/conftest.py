@@ -1,5 +1,6 @@
 """What the tests share: a tiny data set, a model around a stub UNet, and tiny trained runs."""
 
+import json
 import logging
 import os
 import socket
@@ -8,6 +9,7 @@ import time
 import traceback
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +22,17 @@ import torch.nn as nn
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+import evaluate  # noqa: E402
 import ldmseg  # noqa: E402
 import train_ae  # noqa: E402
 import train_ldm  # noqa: E402
 
+IMPORTED = {"diffusers", "transformers"} & sys.modules.keys()  # by what the scripts import
+
 TINY = ["size=32", "warmup=1", "min_segment=4", "min_area=4", "mask_threshold=0"]  # both stages
 TINY_AE = [*TINY, "bits=3", "latent_channels=4", "ae_widths=8,16,32,32", "points=40"]
-TINY_LDM = [*TINY, "stem_widths=8,8,16", "unet_widths=32,32", "unet_heads=2", "eval_steps=2",
-            "self_condition=0.3"]  # fmt: skip
+TINY_LDM = [*TINY, "stem_widths=8,8,16", "unet_widths=32,32", "unet_layers=1", "unet_heads=2",
+            "eval_steps=2", "self_condition=0.3"]  # fmt: skip
 
 # Per image: height, width, and its segments (id, category, crowd, rows, columns) in the order
 # they are painted; what no segment covers is VOID.
@@ -44,11 +49,12 @@ SCENES = {
 }  # fmt: skip
 CATEGORIES = [{"id": 7, "name": "cell", "isthing": 1}, {"id": 9, "name": "ground", "isthing": 0}]
 
-
 def pytest_configure(config):
-    """pycocotools 2.0.11 warns of NumPy 2 at every mask that it decodes."""
+    """pycocotools 2.0.11 warns of NumPy 2 at every mask that it decodes. Models as small as the
+    tests' gain nothing from a second thread; on busy cores the threads wait for each other."""
+    torch.set_num_threads(1)
+    train_ae.latent_std = partial(train_ae.latent_std, count=16)  # of 128, half of a run's time
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
-
 
 def paint(height, width, segments):
     """The id map (height, width) of one entry of SCENES."""
@@ -56,7 +62,6 @@ def paint(height, width, segments):
     for id, _, _, rows, columns in segments:
         ids[slice(*rows), slice(*columns)] = id
     return ids
-
 
 def write_split(root, split, scenes):
     """Write one split in the COCO panoptic layout; an image's id is 10 + its index."""
@@ -75,7 +80,6 @@ def write_split(root, split, scenes):
     ldmseg.write_json(root / "annotations" / f"panoptic_{split}.json", {
         "images": images, "annotations": annotations, "categories": CATEGORIES})  # fmt: skip
 
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A read-only folder in the COCO panoptic layout: 3 training and 2 validation images."""
@@ -84,24 +88,20 @@ def data(tmp_path_factory):
         write_split(root, split, scenes)
     return root
 
-
 GOLDEN = Path(__file__).parent / "golden"  # reference values; the README there says whose
 ON_CPU = ["--device", "cpu", "--workers", "0"]
 VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
            block_out_channels=[32, 32, 64, 32], layers_per_block=2)  # of diffusers, small
-
 
 def ae_command(data, out, *more):
     """Arguments of train_ae.py for two steps of a tiny autoencoder; more: FIELD=VALUE."""
     return ["--data", str(data), "--out", str(out), "--steps", "2", "--batch-size", "4", *ON_CPU,
             "--set", *TINY_AE, *more]  # fmt: skip
 
-
 def ldm_command(data, ae, out, *more):
     """Arguments of train_ldm.py for two steps on top of that autoencoder; more: FIELD=VALUE."""
     return ["--ae", str(ae), "--data", str(data), "--out", str(out), "--steps", "2",
             "--batch-size", "4", *ON_CPU, "--set", *TINY_LDM, *more]  # fmt: skip
-
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, data):
@@ -111,6 +111,24 @@ def tiny_run(tmp_path_factory, data):
     train_ldm.main(ldm_command(data, out / "ae", out / "ldm"))
     return SimpleNamespace(ae=out / "ae", ldm=out / "ldm")
 
+@pytest.fixture
+def unscored(monkeypatch):
+    """Trainings that are not evaluated, for tests of what they learn."""
+    for script in (train_ae, train_ldm):
+        monkeypatch.setattr(script, "score", lambda *_: ({}, []))
+
+def logged(run):
+    """The lines of a run's log."""
+    return [*map(json.loads, (run / "log.jsonl").read_text().splitlines())]
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """A function (arguments) -> the JSON that evaluate.py leaves."""
+    def run(*arguments):
+        evaluate.main([*ON_CPU, *map(str, arguments), "--json", str(tmp_path / "out.json")])
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return run
 
 @pytest.fixture
 def complaint(capfd, caplog, monkeypatch):
@@ -129,21 +147,19 @@ def complaint(capfd, caplog, monkeypatch):
 
     return run
 
-
-def start_rank(rank, port, work, arguments):
-    """What `on_two_ranks` runs in each process: torchrun's variables, then the work."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    work(rank, *arguments)
-
-
 def on_two_ranks(work, *arguments):
     """Call work(rank, *arguments) in two processes; fails where they do not come to an end."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    ranks = mp.spawn(start_rank, (port, work, arguments), nprocs=2, join=False)
+
+    def start(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # of torchrun
+        work(rank, *arguments)
+
+    # new interpreters would spend their time on imports
+    ranks = mp.start_processes(start, nprocs=2, join=False, start_method="fork")
     give_up = time.time() + 240
     while not ranks.join(1):
         if time.time() > give_up:
@@ -151,17 +167,14 @@ def on_two_ranks(work, *arguments):
                 process.kill()
             pytest.fail("the two processes wait for each other")
 
-
 def gaussian(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 def small_config(**changes):
     """The Config of the tiny runs; changes win."""
     config = ldmseg.Config(mask_scale=0.5, ids="random", sampling_power=1.0)
     config = ldmseg.override(config, TINY_AE, "ae")
     return replace(ldmseg.override(config, TINY_LDM, "ldm"), **changes)
-
 
 class StubUNet(nn.Module):
     """Has the UNet's interface; its output is `function(inputs, t)`."""
@@ -173,7 +186,6 @@ class StubUNet(nn.Module):
     def forward(self, inputs, t, encoder_hidden_states=None):
         return SimpleNamespace(sample=self.function(inputs, t))
 
-
 @pytest.fixture
 def stub_model(monkeypatch):
     """A function (output function, Config fields) -> LDMSeg whose UNet is a StubUNet."""
@@ -183,7 +195,6 @@ def stub_model(monkeypatch):
         return ldmseg.LDMSeg(small_config(**changes))
 
     return build
-
 
 class ConvUNet(nn.Module):
     """One convolution with the UNet's interface, quick to import and to run."""
@@ -200,7 +211,6 @@ class ConvUNet(nn.Module):
             output = output + self.context(encoder_hidden_states[:, 0])[..., None, None]
         return SimpleNamespace(sample=output)
 
-
 def fill_by_rule(key, shape):
     """The tensor that the reference values were made with; see the README beside them."""
     values = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
@@ -211,18 +221,15 @@ def fill_by_rule(key, shape):
         values = 0.1 * values + key.endswith("weight")
     return torch.from_numpy(values.astype(np.float32))
 
-
 def flat(result, prefix=""):
     """A nested result as {"All/pq": 0.5, ...}."""
     parts = [flat(v, f"{prefix}{k}/") if isinstance(v, dict) else {prefix + k: v}
              for k, v in result.items()]
     return {k: v for part in parts for k, v in part.items()}
 
-
 def areas_of(ids):
     """{id: pixels}, without VOID."""
     return {id: int((ids == id).sum()) for id in np.unique(ids).tolist() if id}
-
 
 def relative_error(got, expected):
     """Largest deviation over the largest expected value."""

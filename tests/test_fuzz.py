@@ -2,7 +2,6 @@
 
 import fuzz
 
-
 def test_damaged_inputs_are_refused_in_one_line_or_change_nothing(monkeypatch):
     monkeypatch.setattr(fuzz.ldmseg, "prepare", fuzz.ldmseg.prepare)  # set_up's note of records
     fuzz.set_up(["ae"])

@@ -23,7 +23,6 @@ from ldmseg import PRESETS, LDMSeg, UserError, load_model, load_official
 NAMES = json.loads((GOLDEN / "official" / "keys.json").read_text())
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
-
 class EasyDict(dict):
     """Pickled as the class of the package easydict: items are attributes too, dicts EasyDicts."""
 
@@ -32,7 +31,6 @@ class EasyDict(dict):
     def __init__(self, items):
         super().__init__({k: EasyDict(v) if isinstance(v, dict) else v for k, v in items.items()})
         self.__dict__.update(self)
-
 
 def save(path, parts, prefix="module.", settings=dict, **more):
     """Write parts {name: state dict} and what the authors' trainers save beside them."""
@@ -48,14 +46,12 @@ def save(path, parts, prefix="module.", settings=dict, **more):
         patch.setitem(sys.modules, "easydict", SimpleNamespace(EasyDict=EasyDict))
         torch.save(content, path)
 
-
 def official_vae(state, old_names):
     """What the authors' `vae_image` holds of an AutoencoderKL: all but the decoder."""
     kept = {k: v for k, v in state.items() if not k.startswith("decoder.")}
     for new, old in OLD_NAMES.items() if old_names else ():
         kept = {k.replace(f".{new}.", f".{old}."): v for k, v in kept.items()}
     return kept
-
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
@@ -70,10 +66,8 @@ def official(tmp_path_factory):
     save(folder / "ldmseg.pt", parts, settings=EasyDict, PQ=0.5, ema=None)
     return SimpleNamespace(ae=folder / "ae.pt", ldmseg=folder / "ldmseg.pt", parts=parts, vae=vae)
 
-
 def reference(name):
     return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "official" / name).items()}
-
 
 @torch.no_grad()
 def test_ae_pt_gives_the_released_latents_and_logits(official):
@@ -83,22 +77,19 @@ def test_ae_pt_gives_the_released_latents_and_logits(official):
     logits = autoencoder.decode(expected["z"])
     assert relative_error(logits[:, ::4, ::4, ::4], expected["logits"]) < 1e-4
 
-
 @torch.no_grad()
 def test_ldmseg_pt_gives_the_released_unet_output(official):
     model, expected = load_official(official.ldmseg, NAMES["unet_cfg"]), reference("unet.npz")
     output, *_ = model.predict(*expected["inp"].split(4, 1), expected["t"])
     assert relative_error(output, expected["eps"]) < 1e-4
 
-
-@pytest.mark.parametrize("steps", [1, 4, 10, 50])
+@pytest.mark.parametrize("steps", [1, 10])
 def test_ldmseg_pt_gives_the_released_samples(official, monkeypatch, steps):
     model, expected = load_official(official.ldmseg, NAMES["unet_cfg"]), reference("sched.npz")
     monkeypatch.setattr(ldmseg, "gaussian_latents", lambda *_: expected["z_T"])
     model.encode_image, model.decode = lambda image: image, lambda z, *_: z
     z = model.sample(expected["z_i"], [(0, i) for i in range(len(expected["z_i"]))], steps)
     assert relative_error(z, expected[f"S{steps}"]) < 1e-4
-
 
 @pytest.mark.parametrize("old_names", [True, False])
 @torch.no_grad()
@@ -109,7 +100,6 @@ def test_vae_image_encodes_like_diffusers_under_both_namings(official, tmp_path,
     model, image = load_official(tmp_path / "ldmseg.pt", NAMES["unet_cfg"]), gaussian(2, 3, 32, 48)
     expected = 0.18215 * official.vae.encode(image).latent_dist.mean
     assert relative_error(model.encode_image(image), expected) < 1e-5
-
 
 @pytest.mark.parametrize("old_names", [True, False])
 def test_every_released_key_but_post_quant_conv_has_its_place_in_the_full_model(old_names):
@@ -128,7 +118,6 @@ def test_every_released_key_but_post_quant_conv_has_its_place_in_the_full_model(
     assert unused == ["post_quant_conv.weight", "post_quant_conv.bias"]
     assert sum(v.numel() for v in unet.values()) == 815_556_484
 
-
 @pytest.mark.parametrize("settings", [dict, EasyDict])
 @pytest.mark.parametrize("prefix", ["module.", ""])
 def test_the_parts_are_read_from_what_a_trainer_saves(official, tmp_path, prefix, settings):
@@ -139,7 +128,6 @@ def test_the_parts_are_read_from_what_a_trainer_saves(official, tmp_path, prefix
     _, expected = ldmseg.convert_official(official.parts, NAMES["unet_cfg"])
     assert all(torch.equal(expected[key], tensor) for key, tensor in tensors.items())
 
-
 def test_ema_is_the_unet_that_is_loaded(official, tmp_path):
     ema = {f"module.{key}": value + 1 for key, value in official.parts["unet"].items()}
     save(tmp_path / "ldmseg.pt", official.parts, PQ=0.5, ema=ema)
@@ -147,17 +135,15 @@ def test_ema_is_the_unet_that_is_loaded(official, tmp_path):
     for key, value in unet.state_dict().items():
         assert torch.equal(value, ema[f"module.{key}"]), key
 
-
 def test_stage_2_starts_from_ae_pt_and_says_that_the_rest_is_random(
-        official, data, tmp_path, monkeypatch, capsys):
+        official, data, tmp_path, monkeypatch, capsys, unscored):
     monkeypatch.setitem(PRESETS, "paper", replace(PRESETS["paper"], size=64))
     train_ldm.main(["--preset", "paper", "--sd", "none", "--image-encoder", "patch", "--steps", "1",
                     "--ae", str(official.ae), "--data", str(data), "--batch-size", "2", *ON_CPU,
-                    "--out", str(tmp_path), "--set", "unet_widths=32,64,64,64", "eval_steps=1"])
+                    "--out", str(tmp_path), "--set", "unet_widths=32,64,64,64"])
     trained = load_model(tmp_path).autoencoder.state_dict()
     assert all(torch.equal(trained[k], v) for k, v in load_model(official.ae).state_dict().items())
     assert "RANDOM weights" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("part, key, shape, named", [
     ("unet", "mistake.3.weight", (2,), "mistake.3.weight"),  # unknown
@@ -170,11 +156,9 @@ def test_a_key_that_does_not_fit_is_named(official, tmp_path, part, key, shape, 
     with pytest.raises(UserError, match=f"^{tmp_path}/ldmseg.pt: [^\\n]*{named}[^\\n]*$"):
         load_official(tmp_path / "ldmseg.pt", NAMES["unet_cfg"])
 
-
 class Trap:
     def __reduce__(self):
         return os.system, ("mkdir ran",)
-
 
 @pytest.mark.parametrize("inside", [dict, EasyDict])
 def test_a_file_with_any_other_class_is_refused_and_runs_no_code(

@@ -18,14 +18,12 @@ from ldmseg import (
 )  # fmt: skip
 
 PIXELS = ["space=pixels", "bits=3", *TINY_LDM, "self_condition=0"]
-DATA = ["--data", "shapes", "--steps", "2", "--batch-size", "4", "--limit", "2", *ON_CPU]
-
+DATA = ["--data", "shapes", "--steps", "1", "--batch-size", "4", "--limit", "2", *ON_CPU]
 
 def blocks(seed=0, images=2):
     """ids (images, 32, 32) in [0, 7], the same in squares of 4, and at 1/4, (images, 8, 8)."""
     small = torch.randint(0, 8, (images, 8, 8), generator=torch.Generator().manual_seed(seed))
     return small.repeat_interleave(4, 1).repeat_interleave(4, 2), small
-
 
 @pytest.fixture
 def make(monkeypatch):
@@ -37,13 +35,10 @@ def make(monkeypatch):
 
     return build
 
-
 def perfect(small):
     return 100 * F.one_hot(small, 8).permute(0, 3, 1, 2).float()  # logits (B, 8, 8, 8)
 
-
 # ---- the schedule and the sampler ----
-
 
 def test_the_signal_is_a_cosine_of_continuous_time(make):
     schedule = make(None).schedule
@@ -52,7 +47,6 @@ def test_the_signal_is_a_cosine_of_continuous_time(make):
         expected = math.cos((t + 0.0002) / 1.00025 * math.pi / 2)
         assert abs(got - expected) < 1e-6
     torch.testing.assert_close(signal**2 + noise**2, torch.ones(3, 1, 1, 1))
-
 
 @pytest.mark.parametrize("ids", ["matched", "random"])
 @pytest.mark.parametrize("td", [0.0, 1.0, 2.0])
@@ -79,7 +73,6 @@ def test_ddim_with_a_perfect_network_finds_the_ids_through_asymmetric_steps(make
         eps = first if ids == "matched" else implied
         expected = math.cos(angle(after)) * x0 + math.sin(angle(after)) * eps
 
-
 @pytest.mark.parametrize("td", [0.0, 1.0, 2.0])
 def test_fresh_noise_keeps_every_number_of_steps_finite(make, td):
     model = make(lambda inputs, t: torch.zeros(1, 8, 8, 8), td=td, ids="random")
@@ -88,7 +81,6 @@ def test_fresh_noise_keeps_every_number_of_steps_finite(make, td):
         for t, t_next in model.timesteps(steps):
             z = model.schedule.step(torch.zeros_like(z), z, t, t_next, 1.0, torch.ones_like(z))
             assert z.isfinite().all()
-
 
 def test_autocast_changes_neither_the_bits_nor_what_runs(make):
     full, small = blocks()
@@ -103,7 +95,6 @@ def test_autocast_changes_neither_the_bits_nor_what_runs(make):
         completed = model.inpaint(image, full, known, noise, 2)
     assert loss.isfinite() and completed.shape == (2, 8, 8, 8)
 
-
 def test_an_estimate_is_fed_back_only_where_training_did(make, stub_model):
     for build in (make, stub_model):
         for share in (0.0, 0.5):
@@ -113,9 +104,7 @@ def test_an_estimate_is_fed_back_only_where_training_did(make, stub_model):
             model.sample(gaussian(1, 3, 32, 32), [(0, 0)], 3)
             assert not fed[0].any() and all(bool(x.any()) == (share > 0) for x in fed[1:])
 
-
 # ---- the loss ----
-
 
 def test_softmax_weighted_bits_of_one_hot_logits_are_the_bits_of_the_id(make):
     _, small = blocks()
@@ -128,7 +117,6 @@ def test_softmax_weighted_bits_of_one_hot_logits_are_the_bits_of_the_id(make):
     x0, _ = model.x0_and_eps(halves, z_t[:1], t[:1])
     torch.testing.assert_close(x0[0, :, 0, 0], torch.tensor([0.1, 0.0, 0.0]))  # 001 and 111
 
-
 @pytest.mark.parametrize("kind", ["ce", "l2"])
 def test_the_loss_of_a_perfect_network_is_zero_and_of_a_blind_one_is_known(make, kind):
     full, small = blocks()
@@ -140,7 +128,6 @@ def test_the_loss_of_a_perfect_network_is_zero_and_of_a_blind_one_is_known(make,
         assert loss.item() == pytest.approx(expected, abs=1e-6)
         assert error.item() == pytest.approx(expected, abs=1e-6)
 
-
 @pytest.mark.parametrize("power", [0.0, 0.2, 0.5])
 def test_weights_of_pixels_fall_with_the_area_and_sum_to_the_number_of_pixels(make, power):
     full, small = blocks()
@@ -151,7 +138,6 @@ def test_weights_of_pixels_fall_with_the_area_and_sum_to_the_number_of_pixels(ma
     for ids, ours in zip(small, weights):
         area = torch.bincount(ids.flatten(), minlength=8)[ids]
         torch.testing.assert_close(ours * area**power, (ours * area**power)[0, 0].expand(8, 8))
-
 
 def test_void_counts_nowhere(make):
     full, small = blocks()
@@ -169,7 +155,6 @@ def test_void_counts_nowhere(make):
         torch.testing.assert_close(weights.sum((1, 2)), (small != 0).sum((1, 2)).float())
     assert results[0] == results[1]
 
-
 def test_ids_matched_to_the_noise_are_those_of_the_nearest_bits(make):
     """With noise that is the bits of other ids, these are the ids that are learned."""
     full = torch.ones(1, 32, 32, dtype=torch.long)
@@ -182,7 +167,6 @@ def test_ids_matched_to_the_noise_are_those_of_the_nearest_bits(make):
                          torch.tensor([999.0]), False)  # fmt: skip
     assert torch.equal(target[0], wanted)
 
-
 def test_a_small_network_learns_one_image_by_heart():
     torch.manual_seed(0)
     config = override(PRESETS["tiny"], [*PIXELS, "ldm_lr=3e-3", "ids=random"], "ldm")
@@ -191,18 +175,15 @@ def test_a_small_network_learns_one_image_by_heart():
     full[:, :12], full[:, 16:, 20:] = 4, 6
     image = full[:, None].expand(-1, 3, -1, -1) / 4.0 - 1
     state = ldmseg.training_state(model, 3e-3, config, "off", torch.device("cpu"))
-    for step in range(40):
-        eps, t = train_ldm.noise_and_timesteps(torch.arange(2) + 2 * step, config, 0, "cpu")
-        loss, _ = model(image.expand(2, -1, -1, -1), full.expand(2, -1, -1), eps, t, False)
-        loss.backward()
+    for step in range(30):
+        eps, t = train_ldm.noise_and_timesteps(torch.tensor([step]), config, 0, "cpu")
+        model(image, full, eps, t, False)[0].backward()
         update_weights(state, 3e-3, 1.0)
     with torch.no_grad():
         logits = model.sample(image, [(9, 9)], 3)
     assert torch.equal(logits.argmax(1), full[:, 2::4, 2::4])
 
-
 # ---- results, inpainting, scripts ----
-
 
 def test_the_bits_at_a_quarter_are_the_pixels_there_and_decode_to_their_ids(make):
     full, small = blocks()
@@ -210,7 +191,6 @@ def test_the_bits_at_a_quarter_are_the_pixels_there_and_decode_to_their_ids(make
     torch.testing.assert_close(model.encode_mask(full), 0.1 * int2bits(small, 3))
     logits = model.autoencoder.reconstruct(full)
     assert torch.equal(logits.argmax(1), small) and logits.softmax(1).amax(1).min() > 0.99
-
 
 def test_ids_are_upsampled_by_nearest_neighbour():
     _, small = blocks()
@@ -220,7 +200,6 @@ def test_ids_are_upsampled_by_nearest_neighbour():
     unsure[3] = 0.5  # probability 0.19
     assert (most_probable(unsure, (9, 9), 0.1, nearest=True) == 3).all()
     assert not most_probable(unsure, (9, 9), 0.3, nearest=True).any()
-
 
 def test_inpainting_pastes_the_bits_of_known_pixels(make):
     full, small = blocks()
@@ -244,18 +223,16 @@ def test_inpainting_pastes_the_bits_of_known_pixels(make):
     expected = math.cos(half) * x0 + math.sin(half) * seen[0][:, :3]
     torch.testing.assert_close(seen[1][:, :3], expected, atol=2e-3, rtol=0)
 
-
 def test_the_scripts_train_resume_and_use_it(tmp_path, capsys):
     command = [*DATA, "--out", str(tmp_path / "run"), "--set", *PIXELS]
     train_ldm.main(command)
-    train_ldm.main([*command, "--steps", "4"])
-    assert "resuming from step 2" in capsys.readouterr().out
+    train_ldm.main([*command, "--steps", "2"])
+    assert "resuming from step 1" in capsys.readouterr().out
     model = load_model(tmp_path / "run")
     assert isinstance(model, Pix2SeqD) and model.unet.config.out_channels == 8
     weights = ["--weights", str(tmp_path / "run"), *ON_CPU]
     sample.main([*weights, "--limit", "2", "--out", str(tmp_path / "sampled")])
-    drawn = rgb2id(read_image(tmp_path / "sampled/panoptic/val000000.png"))
-    assert drawn.shape == (32, 32)
+    assert read_image(tmp_path / "sampled/panoptic/val000000.png").shape == (32, 32, 3)
     evaluate.main([*weights, "--limit", "2", "--steps", "1", "2"])
     with pytest.raises(UserError, match="never saw a mask before"):
         model.sample(gaussian(1, 3, 32, 32), [(0, 0)], 1, previous=torch.ones(1, 32, 32).long())
@@ -264,27 +241,21 @@ def test_the_scripts_train_resume_and_use_it(tmp_path, capsys):
     train_ldm.main([*DATA, "--sd", str(tmp_path / "run"), "--out", str(tmp_path / "more")])
     assert isinstance(load_model(tmp_path / "more"), Pix2SeqD)
 
-
 def test_space_pixels_has_the_defaults_of_the_paper_unless_given():
     config = override(PRESETS["tiny"], ["space=pixels"], "ldm")
     assert (config.self_condition, config.mask_threshold, config.bits_scale) == (0, 0, 0.1)
     config = override(PRESETS["tiny"], ["self_condition=0.5", "space=pixels"], "ldm")
     assert config.self_condition == 0.5
 
-
-def test_what_does_not_go_with_pixels_is_said(tmp_path, complaint):
-    run = train_ldm.main, *DATA, "--out", tmp_path
-    assert "expected no --ae" in complaint(*run, "--ae", "tiny", "--set", "space=pixels")
-    assert "expected latents" in complaint(
-        *run, "--tasks", "depth", "--set", "space=pixels")  # fmt: skip
-    assert "--sd none or a run" in complaint(*run, "--sd", "x", "--set", "space=pixels")
-    assert "train_ae.py" in complaint(*run, "--set", "bits=3")
-    assert "space of this run is latents" in complaint(
-        *run, "--sd", "tiny", "--set", "space=pixels")  # fmt: skip
-
+@pytest.mark.parametrize("flags, message", [
+    ("--ae tiny --set space=pixels", "expected no --ae"), ("--set bits=3", "train_ae.py"),
+    ("--tasks depth --set space=pixels", "expected latents"),
+    ("--sd x --set space=pixels", "--sd none or a run"),
+    ("--sd tiny --set space=pixels", "space of this run is latents")])
+def test_what_does_not_go_with_pixels_is_said(tmp_path, complaint, flags, message):
+    assert message in complaint(train_ldm.main, *DATA, "--out", tmp_path, *flags.split())
 
 # ---- videos ----
-
 
 def test_things_move_and_keep_their_ids():
     scenes = ShapeScenes("val", 64)
@@ -299,33 +270,27 @@ def test_things_move_and_keep_their_ids():
                                          for r in (still, later)])) for id in both]
         assert 0.5 < np.median(moved) < 64 * 4 * 0.05
 
-
-def test_a_sample_has_the_frame_before_with_the_same_ids(monkeypatch):
+def test_a_sample_has_the_frame_before_with_the_same_ids():
     config = small_config(previous=1.0, size=64, bits=4, min_segment=1)
     scenes = ShapeScenes("train", 64)
     stream = TrainingStream([scenes], config, 0)
     for position in range(4):
-        one = stream[position]
-        index = int(stream.order(0, 0)[position])
-        records = scenes.frame(index, 0), scenes.frame(index, -1)
-        maps = [one["ids"], one["previous"]]
-        listed = [s["id"] for s in records[0]["segments"]]
-        pairs = set()
-        for ours, record in zip(maps, records):
-            theirs = torch.from_numpy(np.where(np.isin(record["ids"], listed), record["ids"], 0))
-            flips = [theirs, theirs.flip(-1)]
-            fits = [set(zip(flip.flatten().tolist(), ours.flatten().tolist())) for flip in flips]
+        one, index = stream[position], int(stream.order(0, 0)[position])
+        now, before = scenes.frame(index, 0), scenes.frame(index, -1)
+        listed, pairs = [s["id"] for s in now["segments"]], set()
+        for ours, record in (one["ids"], now), (one["previous"], before):
+            theirs = np.where(np.isin(record["ids"], listed), record["ids"], 0)
+            fits = [set(zip(flip.flatten().tolist(), ours.flatten().tolist()))
+                    for flip in (theirs, theirs[:, ::-1])]
             pairs |= min(fits, key=len)
         assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs)
         assert (one["ids"] != one["previous"]).any()
 
-
 def test_half_of_the_samples_have_no_frame_before():
     stream = TrainingStream([ShapeScenes("train", 32)], small_config(previous=0.5), 0)
-    share = np.mean([bool(stream[i]["previous"].any()) for i in range(60)])
+    share = np.mean([bool(stream[i]["previous"].any()) for i in range(30)])
     assert 0.3 < share < 0.7
     assert "previous" not in TrainingStream([ShapeScenes("train", 32)], small_config(), 0)[0]
-
 
 def test_the_frame_before_is_fed_and_keeps_its_ids(stub_model):
     ids, _ = blocks()
@@ -342,7 +307,6 @@ def test_the_frame_before_is_fed_and_keeps_its_ids(stub_model):
     torch.testing.assert_close(fed[0][:, :4], model.schedule.add_noise(x0, eps, t))
     assert (ids[0] != matched[0]).any()
 
-
 def test_sampling_starts_from_the_frame_before(stub_model):
     ids, _ = blocks()
     fed = []
@@ -350,7 +314,6 @@ def test_sampling_starts_from_the_frame_before(stub_model):
     model.sample(gaussian(2, 3, 32, 32), [(0, 0), (0, 1)], 2, previous=ids)
     torch.testing.assert_close(fed[0], model.encode_mask(ids))
     assert not torch.equal(fed[1], fed[0])
-
 
 def test_a_folder_of_frames_is_segmented_in_order(tmp_path, monkeypatch, tiny_run):
     scenes, frames = ShapeScenes("val", 32), tmp_path / "frames"
@@ -371,7 +334,6 @@ def test_a_folder_of_frames_is_segmented_in_order(tmp_path, monkeypatch, tiny_ru
     assert not given[0][1].any()
     for (_, previous), ids in zip(given[1:3], drawn):
         assert np.array_equal(previous[0], ids)
-
 
 def test_frames_before_need_generated_scenes(tmp_path, data, tiny_run, complaint):
     line = complaint(train_ldm.main, "--data", data, "--ae", tiny_run.ae, "--out", tmp_path,

@@ -24,7 +24,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import train_ae
 import train_ldm
-from conftest import ON_CPU, ConvUNet, ae_command, flat, ldm_command, on_two_ranks, small_config
+from conftest import (
+    ON_CPU, ConvUNet, ae_command, flat, ldm_command, logged, on_two_ranks, small_config,
+)  # fmt: skip
 from ldmseg import (
     Config, MaskAutoencoder, UserError, learning_rate, load_model, override, run_script,
     save_weights, write_json,
@@ -32,28 +34,23 @@ from ldmseg import (
 
 # ---- configuration ----
 
-
 def test_set_converts_to_the_fields_type():
     config = override(Config(), ["bits=7", "ae_lr=1e-3", "ae_widths=8,16,32,32"], "ae")
     assert (config.bits, config.ae_lr, config.ae_widths) == (7, 1e-3, (8, 16, 32, 32))
     assert override(Config(), ["prediction=eps"], "ldm").prediction == "eps"
 
-
 @pytest.mark.parametrize("stage, assignment, message", [
     ("ldm", "ldm_rl=1", "no field of stage ldm.*ldm_lr"), ("ae", "bits", "not a readable int"),
-    ("ae", "bits=few", "int .*'few'"), ("ae", "ae_widths=8,x", "not a readable tuple"),
-    ("ae", "unet_widths=8,8", "no field of stage ae"), ("ldm", "preset=paper", "no field of")])
+    ("ae", "bits=few", "int .*'few'"), ("ae", "unet_widths=8,8", "no field of stage ae")])
 def test_set_names_what_it_cannot_use(stage, assignment, message):
     with pytest.raises(UserError, match=f"^--set {assignment.split('=')[0]}.*: .*{message}"):
         override(Config(), [assignment], stage)
 
-
 @pytest.mark.parametrize("field, value, expected", [
     ("prediction", "x0", "one of"), ("tasks", ("depth", "edges"), "one of"),
-    ("size", 40, "a multiple of 16"), ("ema", float("nan"), "0 to 1"), ("ae_clip", 0.0, "1e-09 to"),
+    ("size", 40, "a multiple of 16"), ("ema", float("nan"), "0 to 1"), ("bits", 11, "1 to 10"),
     ("ae_widths", (8, 16, 32, 40), "4 numbers, the last a multiple of 32"),
-    ("bits", 11, "1 to 10"), ("unet_widths", (32, 0), "1 to 8192"), ("unet_heads", 0, "1 to 64"),
-    ("unet_widths", (96, 104), "multiples of 32"), ("unet_layers", 10**6, "1 to 64"),
+    ("unet_widths", (32, 0), "1 to 8192"), ("unet_widths", (96, 104), "multiples of 32"),
     ("stem_widths", (8,), "3 multiples of 8"), ("unet_attention", (1,), "2 numbers"),
     ("kl_weight", 0.1, "latents=gaussian")])
 def test_an_impossible_value_is_an_error_that_names_field_and_range(field, value, expected):
@@ -61,16 +58,13 @@ def test_an_impossible_value_is_an_error_that_names_field_and_range(field, value
         Config(**{field: value})
     assert str(error.value).startswith(f"{field} is {value!r}, expected {expected}")
 
-
 def test_the_paper_preset_has_the_papers_numbers():
     numbers = dict(size=512, bits=7, points=12544, prediction="eps", mask_scale=0.18215,
                    image_scale=0.18215, ae_batch=16, ae_lr=1e-4, ae_clip=3, ldm_lr=1e-4, ldm_clip=1,
                    weight_decay=0.05, ema=0.999, min_area=512)
     assert ldmseg.PRESETS["paper"] == replace(ldmseg.PRESETS["paper"], **numbers)
 
-
 # ---- optimizer, averages, files ----
-
 
 @pytest.mark.parametrize("schedule, step, share", [
     ("constant", 0, 0.25), ("constant", 3, 1), ("constant", 99, 1), ("cosine", 1, 0.5),
@@ -79,7 +73,6 @@ def test_the_learning_rate_warms_up_then_stays_or_falls_to_1e_minus_6(schedule, 
     got = learning_rate(step, 100, 0.1, Config(warmup=4, lr_schedule=schedule))
     end = 1e-6 * (schedule == "cosine" and step >= 4)
     assert got == pytest.approx(end + share * (0.1 - end), rel=1e-9)
-
 
 def test_weight_decay_spares_norms_biases_and_frozen_weights():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2).requires_grad_(False))
@@ -90,7 +83,6 @@ def test_weight_decay_spares_norms_biases_and_frozen_weights():
     first, *others = model.parameters()
     torch.testing.assert_close(first, torch.full((2, 2), 0.95))
     assert all((p == 1).all() for p in others)
-
 
 def test_the_moving_average_warms_up_to_its_decay_and_shares_frozen_weights():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1).requires_grad_(False))
@@ -103,7 +95,6 @@ def test_the_moving_average_warms_up_to_its_decay_and_shares_frozen_weights():
     assert averages == pytest.approx([0, 9, 9 / 4, 9 / 16])
     assert ema.module[1].weight.data_ptr() == model[1].weight.data_ptr()
 
-
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
@@ -112,19 +103,16 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
-
 # ---- run folders ----
 
 SCRIPTS = {"ae": train_ae, "ldm": train_ldm}
 stages = pytest.mark.parametrize("stage", ["ae", "ldm"])
-
 
 @pytest.fixture(scope="module")
 def command(data, tiny_run):
     """A function (stage, run folder, more flags) -> arguments of two steps of a tiny run."""
     return lambda stage, out, *more: [
         *(ae_command(data, out) if stage == "ae" else ldm_command(data, tiny_run.ae, out)), *more]
-
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, command):
@@ -133,7 +121,6 @@ def straight(tmp_path_factory, command):
     for stage, run in runs.items():
         SCRIPTS[stage].main(command(stage, run, "--steps", "4"))
     return runs
-
 
 def equal_weights(one, other):
     """Whether the weights files of two runs, and what they would resume from, are equal."""
@@ -144,16 +131,14 @@ def equal_weights(one, other):
     files = [(run / "model.safetensors").read_bytes() for run in (one, other)]
     return files[0] == files[1] and all(map(torch.equal, *tensors))
 
-
 @stages
 def test_a_run_folder_holds_weights_config_log_and_a_picture(tiny_run, stage):
     run = getattr(tiny_run, stage)
     names = {"checkpoint.pt", "checkpoint.previous.pt", "model.safetensors", "config.json",
              "log.jsonl", "step000002.png"}
     assert {path.name for path in run.iterdir()} == names
-    first, last = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    first, last = logged(run)
     assert first["step"] == last["step"] == 2 and first["loss"] > 0 and 0 <= last["pq"] <= 1
-
 
 @stages
 def test_a_resumed_run_equals_one_without_a_break(
@@ -164,22 +149,20 @@ def test_a_resumed_run_equals_one_without_a_break(
     assert equal_weights(run, straight[stage])
     assert not equal_weights(run, getattr(tiny_run, stage))
 
-
 def caught(number):
     """`learning_rate`, in whose first step the process gets a signal."""
     return lambda step, *rest: (
         step == 0 and signal.raise_signal(number) or learning_rate(step, *rest))
 
-
 SAVED = "interrupted at step 1, saved in {}: same command goes on\n"
 
+BUG = Mock(side_effect=RuntimeError("a bug"))
 
-@stages
-@pytest.mark.parametrize("name, function, step, end, line", [
-    ("learning_rate", caught(signal.SIGINT), 1, "130", SAVED),
-    ("learning_rate", caught(signal.SIGTERM), 1, "130", SAVED),
-    ("score", Mock(side_effect=RuntimeError("a bug")), 2, "a bug", "")],
-    ids=["Ctrl-C", "SIGTERM", "evaluation fails"])
+@pytest.mark.parametrize("stage, name, function, step, end, line", [
+    ("ae", "learning_rate", caught(signal.SIGINT), 1, "130", SAVED),
+    ("ldm", "learning_rate", caught(signal.SIGTERM), 1, "130", SAVED),
+    ("ae", "score", BUG, 2, "a bug", ""), ("ldm", "score", BUG, 2, "a bug", "")],
+    ids=["Ctrl-C", "SIGTERM", "evaluation of ae fails", "evaluation of ldm fails"])
 def test_a_run_that_is_stopped_saves_and_the_same_command_ends_like_a_straight_one(
         command, straight, tmp_path, monkeypatch, capsys, stage, name, function, step, end, line):
     main, flags = SCRIPTS[stage].main, command(stage, tmp_path, "--steps", "4", "--eval-every", "2")
@@ -191,7 +174,6 @@ def test_a_run_that_is_stopped_saves_and_the_same_command_ends_like_a_straight_o
     assert f"{tmp_path}: resuming from step {step}\n" in capsys.readouterr().out
     assert equal_weights(tmp_path, straight[stage])
 
-
 def test_a_run_killed_in_its_first_save_is_started_by_the_same_command(
         command, tmp_path, monkeypatch):
     flags = command("ae", tmp_path, "--limit", "1")
@@ -201,20 +183,17 @@ def test_a_run_killed_in_its_first_save_is_started_by_the_same_command(
     train_ae.main(flags)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
-
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError])
 def test_a_bug_shows_its_traceback(command, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(train_ae, "ae_loss", Mock(side_effect=kind("a bug")))
     with pytest.raises(kind, match="a bug"):
         run_script(lambda: train_ae.main(command("ae", tmp_path)))
 
-
 def test_a_mistake_met_in_a_loader_process_is_one_line_and_exit_code_2(complaint, data, tmp_path):
     path = shutil.copytree(data, tmp_path / "data") / "train" / "train1.png"
     path.write_bytes(path.read_bytes()[:200])
     flags = [*ae_command(tmp_path / "data", tmp_path / "run"), "--workers", "1"]
     assert complaint(train_ae.main, *flags).startswith(f"{path}: not a readable image")
-
 
 @pytest.mark.parametrize("stage, flags, field", [
     ("ae", ["--set", "ae_lr=1"], "ae_lr 0.002, this command 1.0"),
@@ -230,7 +209,6 @@ def test_resuming_with_other_settings_names_the_difference(
     line = complaint(SCRIPTS[stage].main, *command(stage, getattr(tiny_run, stage), *flags))
     assert f"its run has {field}" in line and "--fresh" in line
 
-
 @pytest.mark.parametrize("stage, flags", [
     ("ae", ["--accumulate", "2"]),
     ("ldm", ["--workers", "1", "--set", "checkpointing=1", "zero=1", "eval_steps=9"])])
@@ -242,13 +220,11 @@ def test_a_finished_run_says_so_and_stays_also_on_another_machine(
     assert f"{run}: finished at step 2; --fresh starts over\n" in capsys.readouterr().out
     assert (run / "checkpoint.pt").stat().st_mtime_ns == before
 
-
 def test_fresh_starts_over(command, tiny_run, tmp_path):
     again = shutil.copytree(tiny_run.ae, tmp_path / "again")
     train_ae.main(command("ae", again, "--fresh", "--seed", "5"))
     assert not equal_weights(again, tiny_run.ae)
-    assert len((again / "log.jsonl").read_text().splitlines()) == 2
-
+    assert len(logged(again)) == 2
 
 @pytest.mark.parametrize("name", ["model.safetensors", "log.jsonl"])
 def test_a_run_without_a_checkpoint_is_replaced_only_by_fresh(
@@ -259,8 +235,7 @@ def test_a_run_without_a_checkpoint_is_replaced_only_by_fresh(
     assert line.startswith(f"{tmp_path}: ") and "--fresh" in line
     assert (tmp_path / name).read_bytes() == before
     train_ae.main(command("ae", tmp_path, "--fresh"))
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
-
+    assert len(logged(tmp_path)) == 2
 
 def test_a_second_training_in_a_folder_stops_while_the_first_one_lives(
         complaint, command, tiny_run, tmp_path):
@@ -279,7 +254,6 @@ def test_a_second_training_in_a_folder_stops_while_the_first_one_lives(
     process.communicate()
     train_ae.main(command("ae", run, "--steps", "3"))
 
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(tiny_run, tmp_path, value):
     model = load_model(tiny_run.ae)
@@ -288,31 +262,28 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny_run, tmp_path, val
     with pytest.raises(UserError, match=f"^{tmp_path}: encoder.0.bias has"):
         load_model(tmp_path)
 
-
 def test_a_broken_checkpoint_is_named(complaint, command, tmp_path):
     (tmp_path / "checkpoint.pt").write_text("hello")
     line = complaint(train_ae.main, *command("ae", tmp_path))
     assert line.startswith(f"{tmp_path}/checkpoint.pt: ") and "--fresh starts over" in line
 
-
-@pytest.mark.parametrize("steps, message", [("3", "are not finite"), ("4", "are not finite")])
+@pytest.mark.parametrize("steps", ["3", "4"])
 def test_a_diverging_run_stops_and_leaves_the_last_checkpoint(
-        complaint, command, tiny_run, tmp_path, monkeypatch, steps, message):
+        complaint, command, tiny_run, tmp_path, monkeypatch, steps):
     run = shutil.copytree(tiny_run.ae, tmp_path / "run")
     monkeypatch.setattr(train_ae, "learning_rate", lambda *_: float("inf"))
-    assert message in complaint(train_ae.main, *command("ae", run, "--steps", steps))
+    line = complaint(train_ae.main, *command("ae", run, "--steps", steps))
+    assert "are not finite" in line
     assert equal_weights(run, tiny_run.ae)
 
-
 @stages
-def test_the_gradient_is_clipped(command, tmp_path, stage):
+def test_the_gradient_is_clipped(command, tmp_path, unscored, stage):
     """Clipped to next to nothing and without weight decay, two steps leave the weights as one."""
     for steps in ("1", "2"):
         SCRIPTS[stage].main(command(stage, tmp_path / steps, "--steps", steps, "--set",
                                     f"{stage}_clip=1e-9", "weight_decay=0", "warmup=0"))
     one, two = (load_model(tmp_path / steps).parameters() for steps in ("1", "2"))
     assert max((a - b).abs().max() for a, b in zip(one, two)) < 1e-5  # a step is 0.0005 or more
-
 
 def not_finite(calls):
     """`ae_loss`, whose result is NaN in these calls."""
@@ -323,24 +294,20 @@ def not_finite(calls):
         return value * (float("nan") if next(count) in calls else 1), parts
     return loss
 
-
 def test_a_step_that_is_not_finite_is_left_out_and_counted(command, tmp_path, monkeypatch):
     monkeypatch.setattr(train_ae, "ae_loss", not_finite({2}))
     train_ae.main(command("ae", tmp_path / "run", "--steps", "3"))
-    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-2])
+    line, _ = logged(tmp_path / "run")
     assert line["step"] == 3 and line["skipped"] == 1 and line["loss"] > 0
     optimizer = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["optimizer"]
     assert {int(moments["step"]) for moments in optimizer["state"].values()} == {2}
 
-
 def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(
-        complaint, command, tmp_path, monkeypatch):
+        complaint, command, tmp_path, monkeypatch, unscored):
     monkeypatch.setattr(train_ae, "ae_loss", not_finite(range(4, 99)))
-    line = complaint(train_ae.main, *command("ae", tmp_path / "run", "--steps", "40",
-                                             "--eval-every", "3"))
-    assert line.startswith("10 steps in a row without a finite loss")
+    flags = command("ae", tmp_path / "run", "--steps", "40", "--eval-every", "6")
+    assert complaint(train_ae.main, *flags).startswith("10 steps in a row without a finite loss")
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 12
-
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(
         command, straight, tiny_run, tmp_path, capsys):
@@ -353,14 +320,12 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(
     assert "damaged" in captured.err and f"{run}: resuming from step 0\n" in captured.out
     assert equal_weights(run, straight["ae"])
 
-
 def test_weights_with_a_flipped_bit_are_refused(tiny_run, tmp_path):
     content = bytearray((tiny_run.ae / "model.safetensors").read_bytes())
     content[-1000] ^= 1
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         load_model(tmp_path)
-
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
     (tmp_path / "file.json").write_text("old")
@@ -369,11 +334,9 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
         write_json(tmp_path / "file.json", 1)
     assert (tmp_path / "file.json").read_text() == "old"
 
-
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_made():
     with pytest.raises(UserError, match="needs .* GiB"):
         MaskAutoencoder(small_config(ae_widths=(8192,) * 4, size=8192))
-
 
 def test_loader_processes_get_no_signal_of_the_group_and_give_the_batches_of_one_process():
     stream = ldmseg.TrainingStream([ldmseg.ShapeScenes("train", 32)], small_config(), 0)
@@ -384,11 +347,9 @@ def test_loader_processes_get_no_signal_of_the_group_and_give_the_batches_of_one
     for batch, expected in zip([first, *loader], alone, strict=True):
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
-
 # ---- two ranks do what one process does ----
 
 RUNS = ("ids", "depth", "ldm", "tasks")
-
 
 def scores():
     """Of all tasks over 15 scenes, of which this process counts its share."""
@@ -401,7 +362,6 @@ def scores():
         return {"instance": logits, "semantic": logits, "depth": ids[:, None]}
 
     return ldmseg.evaluate(predict, config.known_tasks, scenes, config, "cpu", limit=15)[0]
-
 
 def run_scripts(folder):
     """The scripts, from their command lines; one starts when the one before is through."""
@@ -423,16 +383,13 @@ def run_scripts(folder):
         if dist.is_initialized():
             dist.barrier()
 
-
 def work(rank, world, folder):
     """What each process does; the results go to `folder`."""
-    ldmseg.build_unet = ConvUNet
     if world > 1:
         ldmseg.setup_distributed("cpu")
     stopped = ldmseg.any_rank([signal.SIGINT] * (rank == 0), "cpu")
     torch.save({"scores": scores(), "stopped": stopped}, folder / f"rank{rank}.pt")
     run_script(lambda: run_scripts(folder))
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -441,9 +398,8 @@ def folders(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ldmseg, "build_unet", ConvUNet)
         work(0, 1, one)
-    on_two_ranks(work, 2, two)
+        on_two_ranks(work, 2, two)
     return one, two
-
 
 @pytest.mark.parametrize("run", RUNS)
 def test_gradients_of_two_ranks_equal_those_of_one_process(folders, run):
@@ -455,14 +411,12 @@ def test_gradients_of_two_ranks_equal_those_of_one_process(folders, run):
     for ours, theirs in zip(two, one, strict=True):
         assert (ours["exp_avg"] - theirs["exp_avg"]).abs().max() < 1e-4 * largest
 
-
 @pytest.mark.parametrize("run", RUNS)
 def test_training_on_two_ranks_logs_what_one_process_logs(folders, run):
-    one, two = ((folder / run / "log.jsonl").read_text().splitlines() for folder in folders)
+    one, two = (logged(folder / run) for folder in folders)
     assert len(one) == len(two) == 2
-    for ours, theirs in zip(map(json.loads, two), map(json.loads, one)):
+    for ours, theirs in zip(two, one):
         assert ours == pytest.approx(theirs, rel=1e-3)
-
 
 def test_scores_and_the_wish_to_stop_are_shared(folders):
     one, two = folders
@@ -473,7 +427,6 @@ def test_scores_and_the_wish_to_stop_are_shared(folders):
     assert [flat(rank) for rank in ranks] == [pytest.approx(flat(expected), rel=1e-9)] * 2
     assert [torch.load(path)["stopped"] for path in files] == [True] * 3
 
-
 def test_two_ranks_write_the_samples_of_one_process(folders):
     one, two = (folder / "samples" for folder in folders)
     names = [sorted(path.relative_to(out) for path in out.rglob("*.*")) for out in (one, two)]
@@ -483,7 +436,6 @@ def test_two_ranks_write_the_samples_of_one_process(folders):
         paths = [out / "panoptic" / image["file_name"] for out in (one, two)]
         theirs, ours = map(ldmseg.read_image, paths)
         assert (ours != theirs).any(-1).mean() < 0.05 and np.unique(theirs).size > 1
-
 
 def test_the_inpainting_table_of_two_ranks_is_that_of_one_process(folders):
     one, two = (json.loads((folder / "table.json").read_text()) for folder in folders)

@@ -1,7 +1,6 @@
 """Sec. 3.1: codes of masks, the shallow autoencoder and its loss (Eq. 2), the codes of Table S1,
 Gaussian latents (Fig. 8), and the autoencoder of depth (Supp. A)."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -9,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ae_command, gaussian, small_config
+from conftest import ae_command, gaussian, logged, small_config
 from ldmseg import (
     PRESETS, Config, MaskAutoencoder, UserError, ae_loss, bits2int, code_table, compact_ids,
     int2bits, load_model, postprocess, random_relabel, sample_uncertain_points,
 )  # fmt: skip
 from train_ae import candidate_coords, depth_loss, main
-
 
 def plain_ae_loss(logits, ids, coords, points):
     """An oracle: the three parts of `ae_loss`, as loops over images, segments and points."""
@@ -52,10 +50,8 @@ def plain_ae_loss(logits, ids, coords, points):
             dice.append(1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1))
     return [sum(part) / len(part) for part in (ce, bce, dice)]
 
-
 def coords_of(*seeds, points=30):
     return candidate_coords([np.random.default_rng(seed) for seed in seeds], points, "cpu")
-
 
 def random_case(seed=0, size=32):
     """logits (2, 8, H/2, W/2), ids (2, H, W) with VOID and 2 + 3 segments, coords (2, M, 2)."""
@@ -68,7 +64,6 @@ def random_case(seed=0, size=32):
     ids[torch.rand(ids.shape, generator=generator) < 0.1] = 0
     return logits, ids, coords_of(seed + 1, seed + 2)
 
-
 @pytest.mark.parametrize("seed", [0, 5])
 def test_ae_loss_and_its_gradient_equal_a_plain_implementation(seed):
     logits, ids, coords = random_case(seed)
@@ -79,7 +74,6 @@ def test_ae_loss_and_its_gradient_equal_a_plain_implementation(seed):
     torch.testing.assert_close(loss, sum(expected))
     ours, plain = (torch.autograd.grad(total, logits) for total in (loss, sum(expected)))
     torch.testing.assert_close(ours, plain)
-
 
 @pytest.mark.parametrize("void", [16, 32])  # half of the columns; all
 def test_void_pixels_give_the_logits_no_gradient(void):
@@ -92,12 +86,10 @@ def test_void_pixels_give_the_logits_no_gradient(void):
     assert gradient[: void // 2 - 1].max() == 0 and (gradient[void // 2 + 1 :] > 0).all()
     assert (loss == 0) == (void == 32)
 
-
 def test_the_most_uncertain_points_are_chosen_and_the_rest_as_they_come():
     uncertainty = torch.tensor([[0.1, 0.9, 0.3, 0.8, 0.2, 0.7, 0.4, 0.0, 0.6, 0.5, 0.3, 0.2, 1.0]])
     chosen = sample_uncertain_points(uncertainty, 4)  # 3 uncertain of 12 candidates, 1 at random
     assert sorted(chosen[0, :3].tolist()) == [1, 3, 5] and chosen[0, 3:].tolist() == [12]
-
 
 def test_candidates_are_an_images_own_and_cover_it():
     both = coords_of(3, 4, points=1000)
@@ -106,26 +98,21 @@ def test_candidates_are_an_images_own_and_cover_it():
     for coordinate in both.unbind(2):
         assert -1 <= coordinate.min() < -0.99 and 0.99 < coordinate.max() <= 1
 
-
 # ---- codes ----
-
 
 @pytest.mark.parametrize("bits", [3, 7])
 def test_bits_round_trip_for_every_id_and_void(bits):
     ids = torch.arange(2**bits).view(1, 2, -1)
     assert torch.equal(bits2int(int2bits(ids, bits)), ids)
 
-
 def test_bits_are_plus_minus_one_least_significant_first_and_void_is_zero():
     codes = int2bits(torch.tensor([[[1, 2, 6, 0]]]), 3)  # (1, 3, 1, 4)
     assert codes[0, :, 0].T.tolist() == [[1, -1, -1], [-1, 1, -1], [-1, 1, 1], [0, 0, 0]]
-
 
 @pytest.mark.parametrize("id", [8, -1])
 def test_an_id_outside_the_bits_is_an_error(id):
     with pytest.raises(UserError, match="expected 0 to 7 with 3 bits"):
         int2bits(torch.tensor([[[1, id]]]), 3)
-
 
 @pytest.mark.parametrize("bits", [4, 7])
 @pytest.mark.parametrize("codes, columns", [("bit", None), ("colour", 3), ("positional", 8)])
@@ -134,11 +121,9 @@ def test_every_id_has_its_own_code_and_void_is_zero(codes, columns, bits):
     assert table.shape == (2**bits, columns or bits) and table.abs().max() <= 1
     assert table[0].abs().max() == 0 and len(table.unique(dim=0)) == 2**bits
 
-
 def test_colour_codes_are_points_of_a_regular_grid():
     table = code_table(Config(codes="colour", bits=4))[1:]  # 15 of the 4 x 4 x 4
     torch.testing.assert_close(table.unique(), torch.tensor([-1, -1 / 3, 1 / 3, 1]))
-
 
 def test_a_positional_code_is_four_sines_then_four_cosines():
     table = code_table(Config(codes="positional", bits=4))
@@ -146,14 +131,12 @@ def test_a_positional_code_is_four_sines_then_four_cosines():
     expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
     torch.testing.assert_close(table[11], torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
-
 def test_compact_ids_are_places_in_the_list_and_0_for_the_rest():
     listed = [70000, 3, 300, 10**9]  # in no order
     ids = np.random.default_rng(0).choice([0, 1, 4, 10**9 + 1, *listed], (20, 30))
     expected = [[listed.index(id) + 1 if id in listed else 0 for id in row] for row in ids.tolist()]
     assert compact_ids(ids, listed).tolist() == expected
     assert not compact_ids(ids, []).any()
-
 
 def test_random_relabel_keeps_the_partition_and_void_and_draws_every_id():
     ids = np.tile(np.arange(8), (2, 3))
@@ -164,9 +147,7 @@ def test_random_relabel_keeps_the_partition_and_void_and_draws_every_id():
     generator, one = np.random.default_rng(0), np.ones((1, 1), np.int64)
     assert {random_relabel(one, 4, generator).item() for _ in range(100)} == {1, 2, 3}
 
-
 # ---- autoencoder ----
-
 
 @pytest.mark.parametrize("latents, expected", [
     ("gaussian", 2_023_208), ("deterministic", 2_023_208 - 4 * 256 * 3 * 3 - 4)])
@@ -174,7 +155,6 @@ def test_the_papers_autoencoder_has_the_released_parameters(latents, expected):
     with torch.device("meta"):
         autoencoder = MaskAutoencoder(replace(PRESETS["paper"], latents=latents))
     assert sum(p.numel() for p in autoencoder.parameters()) == expected
-
 
 @torch.no_grad()
 def test_gaussian_latents_have_the_kl_and_the_noise_of_their_variance():
@@ -190,14 +170,13 @@ def test_gaussian_latents_have_the_kl_and_the_noise_of_their_variance():
     torch.testing.assert_close(logits, autoencoder.decode(mean + math.exp(0.4) * eps))
     torch.testing.assert_close(autoencoder.reconstruct(ids), autoencoder.decode(mean))
 
-
 def test_a_tiny_autoencoder_overfits_one_mask():
     torch.manual_seed(0)
     autoencoder = MaskAutoencoder(small_config())
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=3e-3)
     ids = torch.ones(1, 32, 32, dtype=torch.long)
     ids[:, 16:], ids[:, 4:20, 6:18], ids[:, 24:, 20:] = 2, 5, 7
-    for step in range(150):
+    for step in range(100):
         loss, _ = ae_loss(autoencoder.reconstruct(ids), ids, coords_of(step, points=200), 200)
         optimizer.zero_grad()
         loss.backward()
@@ -205,17 +184,15 @@ def test_a_tiny_autoencoder_overfits_one_mask():
     result = postprocess(autoencoder.reconstruct(ids)[0].detach(), (32, 32), 0, 0)
     assert (result == ids[0]).float().mean() > 0.99
 
-
 @pytest.mark.parametrize("options, columns", [
     (["codes=colour"], 3), (["codes=positional"], 8), (["latents=gaussian", "kl_weight=1e-3"], 3)])
 def test_stage_1_trains_and_reports_miou_with(data, tmp_path, options, columns):
     main(ae_command(data, tmp_path, *options))
-    first, last = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    first, last = logged(tmp_path)
     assert 0 < last["miou"] < 1 and load_model(tmp_path).encoder[0].weight.shape[1] == columns
     assert (first["kl"] > 0) == ("latents=gaussian" in options)
     parts = first["ce"] + first["bce"] + first["dice"] + 1e-3 * first["kl"]
     assert first["loss"] == pytest.approx(parts, rel=1e-5)
-
 
 def test_depth_loss_is_the_mean_absolute_error_over_valid_pixels():
     depth = torch.full((2, 4, 4), math.nan)
@@ -223,7 +200,6 @@ def test_depth_loss_is_the_mean_absolute_error_over_valid_pixels():
     loss = depth_loss(torch.full((2, 1, 2, 2), 0.5), depth)
     assert loss.item() == pytest.approx((0.5 + 0.5 + 1.0) / 3)
     assert depth_loss(torch.zeros(2, 1, 2, 2), depth * math.nan) == 0
-
 
 def test_depth_loss_upsamples_bilinearly_by_2():
     """0, 1 becomes 0, 1/4, 3/4, 1, of which the second and the last are valid."""

@@ -1,6 +1,7 @@
 """Mask inpainting (Sec. 3.3): Alg. 3, training with given parts, `complete`, inpaint.py, Fig. 9."""
 
 import json
+from dataclasses import replace
 from unittest.mock import Mock
 
 import inpaint
@@ -22,7 +23,6 @@ from PIL import Image, ImageDraw
 NOISE = [(5, 0), (5, 1), (6, "cat.jpg")]
 LARGE = 2**24 - 1
 
-
 def cells_of(known):
     """Of which cells any pixel is known, of which all are: bool (1, 1, 4, 4), of (1, 32, 32)."""
     touched, complete = torch.zeros(2, 1, 1, 4, 4, dtype=torch.bool)
@@ -31,11 +31,9 @@ def cells_of(known):
         touched[0, 0, y, x], complete[0, 0, y, x] = cell.any(), cell.all()
     return touched, complete
 
-
 def encoded(model, ids, known):
     """Scaled latents (B, 4, 4, 4) of the partial mask: what is not known is zero in the bits."""
     return 0.5 * model.autoencoder.encode(int2bits(ids, 3) * known[:, None])
-
 
 @torch.no_grad()
 def alg_3(model, image, ids, known, noise, repeats):
@@ -60,14 +58,12 @@ def alg_3(model, image, ids, known, noise, repeats):
             z_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps  # add_noise
     return x0
 
-
 @pytest.fixture
 def model(monkeypatch):
     """LDMSeg around one convolution: a cell depends on its neighbours, the image, x0 and t."""
     monkeypatch.setattr(ldmseg, "build_unet", ConvUNet)
     torch.manual_seed(0)
     return LDMSeg(small_config())
-
 
 def situation():
     """image (3, 3, 32, 32), ids (3, 32, 32) with VOID, and known: cells from 0 to all known."""
@@ -79,9 +75,7 @@ def situation():
     known[:, 7, 15], known[:, 12, 5] = False, True  # one pixel less, one pixel more
     return gaussian(3, 3, 32, 32), ids, known
 
-
 # ---- Alg. 3 ----
-
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_each_image_of_a_batch_is_inpainted_as_alg_3_written_out(model, repeats):
@@ -91,7 +85,6 @@ def test_each_image_of_a_batch_is_inpainted_as_alg_3_written_out(model, repeats)
     latents = model.inpaint(image, ids, known, NOISE, 4, repeats)[:, :4]
     assert relative_error(latents, torch.cat(expected)) < 1e-4
 
-
 @pytest.mark.parametrize("how", ["no pixel", "void pixels"])
 def test_where_nothing_is_known_inpainting_is_sampling(model, how):
     image, ids, known = situation()
@@ -100,19 +93,15 @@ def test_where_nothing_is_known_inpainting_is_sampling(model, how):
     logits = model.inpaint(image, ids, known, NOISE, 4)
     torch.testing.assert_close(logits, model.sample(image, NOISE, 4))
 
-
 def test_where_all_is_known_the_mask_is_encoded_and_decoded(model):
     image, ids, known = situation()
     ids = ids.clamp(min=1)
     logits = model.inpaint(image, ids, torch.ones_like(known), NOISE, 4, 3)
     torch.testing.assert_close(logits, model.autoencoder.reconstruct(ids))
 
-
-def test_given_segments_take_the_ids_of_a_first_estimate_and_the_callers_come_back(monkeypatch):
+def test_given_segments_take_the_ids_of_a_first_estimate_and_the_callers_come_back(model):
     """A decoder that copies what was pasted: each id's own logit is the highest where given."""
-    monkeypatch.setattr(ldmseg, "build_unet", ConvUNet)
-    torch.manual_seed(0)
-    model, inside = LDMSeg(small_config(ids="matched")), []
+    model.config, inside = replace(model.config, ids="matched"), []
     model.id_latents, (image, _, _) = gaussian(8, 4), situation()
     ids = torch.randint(1, 8, (3, 4, 4), generator=torch.Generator().manual_seed(2))
     model.encode_mask = lambda ids: inside.append(ids) or model.id_latents[
@@ -128,9 +117,7 @@ def test_given_segments_take_the_ids_of_a_first_estimate_and_the_callers_come_ba
     assert torch.equal(inside[0], new_ids.gather(1, ids.flatten(1)).view_as(ids))
     assert not torch.equal(inside[0], ids) and torch.equal(logits.argmax(1), ids)
 
-
 # ---- training with given parts ----
-
 
 def test_training_hints_at_the_given_cells_in_both_passes(stub_model):
     calls, (image, ids, known), t = [], situation(), torch.tensor([30, 400, 900])
@@ -143,14 +130,12 @@ def test_training_hints_at_the_given_cells_in_both_passes(stub_model):
     torch.testing.assert_close(calls[0][:, -4:], z_given * touched)
     torch.testing.assert_close(calls[1][:, -4:], torch.where(touched, z_given, estimate))
 
-
 def test_stage_2_learns_from_what_is_given(monkeypatch, data, tiny_run, tmp_path):
     seen, loss = [], LDMSeg.diffusion_loss
     monkeypatch.setattr(LDMSeg, "forward", lambda model, **inputs: (
         seen.append(inputs["known"]) or loss(model, **inputs)))
     train_ldm.main(ldm_command(data, tiny_run.ae, tmp_path / "run", "given_share=1"))
     assert len(seen) == 2 and all(k.dtype == torch.bool and k.any() for k in seen)
-
 
 def test_blocks_are_given_in_a_share_of_the_samples():
     record = {"image": np.zeros((32, 32, 3), np.uint8), "ids": np.ones((32, 32), int),
@@ -160,7 +145,6 @@ def test_blocks_are_given_in_a_share_of_the_samples():
     assert 0.3 < np.mean([k.any().item() for k in known]) < 0.45  # all blocks may be dropped
     assert len({k.float().mean().item() for k in known}) > 20
     assert "known" not in TrainingStream([[record]], small_config(), seed=0)[0]
-
 
 @pytest.mark.parametrize("block, rate", [(8, 0.1), (5, 0.5), (8, 0.9)])
 def test_whole_blocks_are_dropped_at_their_rate(block, rate):
@@ -173,13 +157,11 @@ def test_whole_blocks_are_dropped_at_their_rate(block, rate):
             assert known[y, x] == corners[y // block, x // block]
     assert abs(np.mean(shares) - rate) < 0.035  # 2560 blocks or more: a deviation of 0.01
 
-
 def test_strokes_touch_every_segment_and_nothing_else():
     ids = np.random.default_rng(0).integers(0, 7, (8, 8)).repeat(4, 0).repeat(4, 1)
     ids[13, 17] = 9  # a segment of one pixel
     known = inpaint.keep_strokes(ids, np.random.default_rng(4))
     assert known.shape == (32, 32) and set(ids[known]) == set(ids.ravel()) - {0}
-
 
 def test_a_stroke_is_a_straight_line_without_a_gap():
     for seed in range(20):
@@ -189,23 +171,18 @@ def test_a_stroke_is_a_straight_line_without_a_gap():
         assert np.abs(points @ np.linalg.svd(points)[2][1]).max() < 1.1
         assert len(y) > max(np.ptp(y), np.ptp(x))
 
-
 # ---- a person's image and mask ----
-
 
 def photo(height, width):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-
 
 def logits_of(ids):
     """Logits (B, 8, 16, 16) that are drawn as ids (B, 32, 32), whose edges are at even pixels."""
     return 20 * F.one_hot(ids[:, ::2, ::2], 8).permute(0, 3, 1, 2).float()
 
-
 def paint(model, function):
     """Let the model inpaint function(ids); its `inpaint` is then a Mock."""
     model.inpaint = Mock(side_effect=lambda image, ids, *_: logits_of(function(ids)))
-
 
 @pytest.mark.parametrize("scale", [1, 1 / 3, 2])
 def test_given_pixels_come_back_unchanged_from_a_mask_of_any_size(model, scale):
@@ -214,7 +191,6 @@ def test_given_pixels_come_back_unchanged_from_a_mask_of_any_size(model, scale):
     completed, segments = model.complete(photo(30, 48), mask, steps=2)
     assert (completed == given)[given > 0].all() and (completed[given == 0] > 0).mean() > 0.5
     assert {s["id"]: s["area"] for s in segments} == areas_of(completed)
-
 
 @pytest.mark.parametrize("image_side", [640, 64])
 def test_a_thin_stroke_reaches_the_model(model, image_side):
@@ -226,7 +202,6 @@ def test_a_thin_stroke_reaches_the_model(model, image_side):
     assert known.nonzero()[:, 1].unique().tolist() == [15]  # 301 / 20
     assert known[2:30].any(1).all() and torch.equal(known, ids > 0)
 
-
 def test_new_segments_get_ids_that_were_not_given(model):
     codes, given = torch.arange(8).repeat_interleave(4)[:, None], np.zeros((32, 32), int)
     paint(model, lambda ids: codes.expand_as(ids))
@@ -235,22 +210,18 @@ def test_new_segments_get_ids_that_were_not_given(model):
     assert stripes[model.inpaint.call_args.args[1][0, :3, 0]].tolist() == [1, 2, 4]
     assert stripes[0] == 0 and len(set(stripes)) == 8
 
-
 def test_the_confidence_is_the_highest_probability(model):
     share = torch.tensor([1, 5, 2, 2, 2, 2, 1, 1]) / 16
     model.inpaint = lambda *_: share.log().view(1, 8, 1, 1).expand(1, 8, 16, 16)
     confidence = model.complete(photo(20, 20), np.full((4, 4), 9), return_confidence=True)[2]
     np.testing.assert_allclose(confidence, np.full((20, 20), 5 / 16), rtol=1e-5)
 
-
 @pytest.mark.parametrize("count", [0, 8])
 def test_a_mask_that_cannot_be_completed_is_the_users_error(model, count):
     with pytest.raises(UserError, match=f"{count} given segments, expected 1 to 7"):
         model.complete(photo(30, 44), np.arange(30 * 44).reshape(30, 44) % (count + 1), steps=1)
 
-
 # ---- inpaint.py --image ----
-
 
 def save_mask(path, ids, kind):
     """Write ids (H, W) as an .npy or as one kind of PNG; returns the path."""
@@ -266,7 +237,6 @@ def save_mask(path, ids, kind):
     image.save(path.with_suffix(".png"))
     return path.with_suffix(".png")
 
-
 @pytest.mark.parametrize("kind, ids", [
     ("rgb", [0, 255, 256, LARGE]), ("npy", [0, 2, LARGE]), ("16 bit", [0, 300, 65535]),
     ("8 bit", [0, 7, 255]), ("palette", [0, 3, 255])])
@@ -274,9 +244,7 @@ def test_each_kind_of_mask_is_read(tmp_path, kind, ids):
     ids = np.random.default_rng(2).choice(ids, (5, 8)).repeat(3, 0).repeat(3, 1)
     assert np.array_equal(inpaint.read_mask(save_mask(tmp_path / "mask", ids, kind)), ids)
 
-
 HALF = np.repeat([[0, 1]], 30, 0).repeat(22, 1)
-
 
 @pytest.mark.parametrize("values, kind, message", [
     (photo(60, 88) @ [1, 256, 65536], "rgb", "is it a picture?"),
@@ -288,10 +256,8 @@ def test_a_bad_mask_is_named(tmp_path, values, kind, message):
     with pytest.raises(UserError, match=f"^{mask}: .*{message}"):
         inpaint.read_mask(mask)
 
-
 def run_of(run, out, *more):
     return [str(a) for a in ("--weights", run.ldm, "--out", out, "--steps", 2, *ON_CPU, *more)]
-
 
 def test_variations_are_written_listed_and_differ(tiny_run, tmp_path):
     given, out = np.zeros((40, 40), int), tmp_path / "out"
@@ -311,7 +277,6 @@ def test_variations_are_written_listed_and_differ(tiny_run, tmp_path):
         assert (ids[:, 10:20] == 600).all()
     assert (masks[0] != masks[1]).mean() > 0.05 and (masks[1] != masks[2]).mean() > 0.05
 
-
 @pytest.mark.parametrize("fill", [5, 130, (200, 30, 90)])
 def test_an_antialiased_mask_is_refused_and_the_same_without_is_read(tmp_path, fill):
     mode = "L" if isinstance(fill, int) else "RGB"
@@ -324,7 +289,6 @@ def test_an_antialiased_mask_is_refused_and_the_same_without_is_read(tmp_path, f
     with pytest.raises(UserError, match="soft.png: .*antialiased"):
         inpaint.read_mask(tmp_path / "soft.png")
 
-
 def test_a_transparent_pixel_is_unknown_and_a_jpeg_is_no_mask(tmp_path):
     ids = np.zeros((12, 12), np.uint8)
     ids[2:6, 2:6], ids[7:11, 3:9] = 5, 9
@@ -335,14 +299,12 @@ def test_a_transparent_pixel_is_unknown_and_a_jpeg_is_no_mask(tmp_path):
     with pytest.raises(UserError, match="a.jpg: JPEG changes ids"):
         inpaint.read_mask(tmp_path / "a.jpg")
 
-
 def test_a_header_of_npy_does_not_ask_for_memory(tmp_path):
     with open(tmp_path / "a.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "<i8", "fortran_order": False, "shape": (10**6, 10**6)})
     with pytest.raises(UserError, match="a.npy: not a readable mask"):
         inpaint.read_mask(tmp_path / "a.npy")
-
 
 def test_a_completion_never_replaces_the_mask_it_came_from(complaint, tiny_run, tmp_path):
     (tmp_path / "panoptic").mkdir()
@@ -352,13 +314,11 @@ def test_a_completion_never_replaces_the_mask_it_came_from(complaint, tiny_run, 
     line = complaint(inpaint.main, *run_of(tiny_run, tmp_path, "--image", image, "--mask", mask))
     assert "would replace inputs" in line and mask.read_bytes() == before
 
-
 def test_a_mask_of_another_aspect_than_its_image_is_named(complaint, tiny_run, tmp_path):
     mask, image = save_mask(tmp_path / "mask", HALF, "8 bit"), tmp_path / "photo.jpg"
     Image.fromarray(photo(30, 46)).save(image)
     line = complaint(inpaint.main, *run_of(tiny_run, tmp_path, "--image", image, "--mask", mask))
     assert line.startswith(f"{mask}: (30, 44) pixels") and "(30, 46)" in line
-
 
 # ---- inpaint.py --data: the sparsity experiment (Fig. 9) ----
 
@@ -369,7 +329,6 @@ NEAREST = {"pq": (13 / 16 + 16 / 19) / 2, "dropped": (7 / 10 + 4 / 7) / 2, "ids"
 TABLE = [  # block, drop rate, and the nearest label's scores
     (8, 0.5, NEAREST), (8, 0.25, RIGHT), ("strokes", "", NEAREST),
     (8, "mean", {name: (score + 1) / 2 for name, score in NEAREST.items()})]
-
 
 def test_the_table_of_two_halves_is_the_one_on_paper(tmp_path, tiny_run, monkeypatch):
     """Columns 6 to 19 are dropped, at another rate than 0.5 all the others. With a mask the model
@@ -392,7 +351,6 @@ def test_the_table_of_two_halves_is_the_one_on_paper(tmp_path, tiny_run, monkeyp
         assert row["nearest label"] == pytest.approx(nearest)
     assert (tmp_path / "out" / "picture.png").exists()
 
-
 def test_ids_count_the_dropped_pixels_of_partly_given_segments():
     truth = {"ids": np.array([5, 600]).repeat(16)[None].repeat(32, 0),
              "segments": [{"id": 5, "category_id": 9}, {"id": 600, "category_id": 7}]}
@@ -403,7 +361,6 @@ def test_ids_count_the_dropped_pixels_of_partly_given_segments():
     scores = inpaint.Scores(8)
     scores.add(truth, drawn, ids, known)
     assert scores.result("cpu")["ids"] == 6 / 8
-
 
 def test_nearest_label_equals_a_search_over_all_pixels():
     rng = np.random.default_rng(0)

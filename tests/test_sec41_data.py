@@ -21,17 +21,14 @@ from PIL import Image
 
 BLACK = np.zeros((32, 32, 3), np.uint8)
 
-
 def record_of(ids, image=BLACK, crowds=()):
     """An item of a data set, all ids of the map being segments."""
     segments = [{"id": int(id), "category_id": 1, "iscrowd": int(id in crowds)}
                 for id in np.unique(ids) if id]  # fmt: skip
     return {"image": image, "ids": ids, "segments": segments}
 
-
 def prepared(record, seed=0, augment=False, **changes):
     return prepare(record, small_config(**changes), np.random.default_rng(seed), augment)
-
 
 def shrunk(ids, size, void, count):
     """A map as `prepare` must leave it before ids are drawn: at the centre of each pixel, the
@@ -45,7 +42,6 @@ def shrunk(ids, size, void, count):
     kept = sorted(areas, key=lambda id: -areas[id])[:count]
     return np.where(np.isin(result, kept), result, 0)
 
-
 @pytest.mark.parametrize("shape, bits", [((50, 37), 3), ((20, 70), 2), ((32, 32), 3)])
 def test_a_map_is_resized_and_its_largest_segments_take_other_ids(shape, bits):
     blocks = np.random.default_rng(0).integers(0, 6, (6, 8)).repeat(9, 0).repeat(9, 1)
@@ -58,14 +54,12 @@ def test_a_map_is_resized_and_its_largest_segments_take_other_ids(shape, bits):
     assert (0, 0) in pairs and len(pairs) == len(np.unique(expected)) == len(np.unique(result)) == 4
     assert result.max() < 2**bits
 
-
 def test_images_are_resized_to_a_square_between_minus_1_and_1():
     image = np.zeros((20, 50, 3), np.uint8)
     image[:, 25:] = 255
     result = prepared(record_of(np.ones((20, 50), int), image))["image"]
     assert result.shape == (3, 32, 32)
     assert result[:, :, :8].unique().tolist() == [-1] and result[:, :, -8:].unique().tolist() == [1]
-
 
 @pytest.mark.parametrize("augment, least, void", [(True, 10, 73), (False, 10, 64), (True, 0, 64)])
 def test_small_segments_are_void_in_training_only(augment, least, void):
@@ -74,21 +68,9 @@ def test_small_segments_are_void_in_training_only(augment, least, void):
     result = prepared(record_of(ids), augment=augment, min_segment=least)["ids"]
     assert (result == 0).sum() == void and result.unique().numel() == (5 if void == 64 else 4)
 
-
-@pytest.mark.parametrize("augment, sides", [(True, {0, 1}), (False, {1})])
-def test_a_flip_in_training_only_moves_image_and_ids_together(augment, sides):
-    image = BLACK.copy()
-    image[:, :12] = 255
-    record = record_of(np.where(image[..., 0] > 0, 1, 0), image)
-    samples = [prepared(record, seed, augment) for seed in range(20)]
-    assert all(torch.equal(s["image"][0] > 0, s["ids"] > 0) for s in samples)
-    assert {int(s["ids"][0, 0] > 0) for s in samples} == sides
-
-
 @pytest.fixture(scope="module")
 def datasets(data):
     return [open_dataset(str(data), None, None, 32, "train"), ShapeScenes("train", 32)]
-
 
 def test_a_sample_depends_on_seed_and_position_whatever_was_read_before(datasets):
     one, other, third = (TrainingStream(datasets, small_config(), seed) for seed in (3, 3, 4))
@@ -97,14 +79,12 @@ def test_a_sample_depends_on_seed_and_position_whatever_was_read_before(datasets
         torch.testing.assert_close(other[p], in_order[p], rtol=0, atol=0)
     assert not any(torch.equal(third[p]["ids"], in_order[p]["ids"]) for p in range(6))
 
-
 class Numbered(list):
     """A data set of its numbers: grey images of that brightness, one segment each."""
 
     def __getitem__(self, index):
         number = list.__getitem__(self, index)
         return record_of(np.ones((32, 32), int), np.full((32, 32, 3), number, np.uint8))
-
 
 def test_data_sets_take_turns_and_epochs_have_orders_of_their_own():
     few, many = Numbered(range(3)), Numbered(range(100, 120))
@@ -115,11 +95,9 @@ def test_data_sets_take_turns_and_epochs_have_orders_of_their_own():
     assert all(sorted(epoch) == list(range(100, 120)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
-
 def test_the_same_image_gets_other_ids_in_the_next_epoch(datasets):
     stream = TrainingStream(datasets[:1], small_config(), seed=0)
     assert len({stream[p]["ids"].numpy().tobytes() for p in range(30)}) > 10
-
 
 @pytest.mark.parametrize("world, accumulate", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2)])
 def test_a_step_sees_the_same_samples_for_any_number_of_ranks(monkeypatch, world, accumulate):
@@ -133,14 +111,11 @@ def test_a_step_sees_the_same_samples_for_any_number_of_ranks(monkeypatch, world
         assert sorted(sum(micro, [])) == [*range(8 * (2 + step), 8 * (3 + step))]
         assert {len(b) for b in micro} == {8 // world // accumulate}
 
-
 # ---- generated scenes ----
-
 
 @pytest.fixture(scope="module")
 def scenes():
     return list(ShapeScenes("val", 64))
-
 
 def test_a_scene_is_a_function_of_split_index_and_size(scenes):
     again = ShapeScenes("val", 64)[7]
@@ -148,23 +123,19 @@ def test_a_scene_is_a_function_of_split_index_and_size(scenes):
     images = [s["image"] for s in scenes] + [ShapeScenes("train", 64)[i]["image"] for i in range(9)]
     assert len({image.tobytes() for image in images}) == 209
 
-
 def test_a_scenes_segments_are_the_ids_of_its_map(scenes):
     for scene in scenes:
         assert scene["image"].shape == (64, 64, 3) and scene["image"].dtype == np.uint8
         listed = [s["id"] for s in scene["segments"]]
         assert sorted(listed) == sorted(set(np.unique(scene["ids"]).tolist()) - {0})
 
-
 def test_scenes_have_at_most_6_things_on_1_to_3_regions(scenes):
     things = [sum(s["category_id"] > 5 for s in scene["segments"]) for scene in scenes]
     regions = {len(scene["segments"]) - n for scene, n in zip(scenes, things)}
     assert max(things) == 6 and min(things) <= 2 and {1, 2, 3} <= regions <= {0, 1, 2, 3}
 
-
 def test_a_quarter_of_the_scenes_has_an_unlabelled_blob(scenes):
     assert 0.15 < np.mean([(scene["ids"] == 0).mean() > 0.005 for scene in scenes]) < 0.35
-
 
 def test_things_have_one_depth_each_and_later_ones_are_nearer(scenes):
     for scene in scenes:
@@ -173,11 +144,9 @@ def test_things_have_one_depth_each_and_later_ones_are_nearer(scenes):
                   for s in scene["segments"] if s["category_id"] > 5]  # fmt: skip
         assert all(d.size == 1 for d in depths) and depths == sorted(depths, reverse=True)
 
-
 # ---- files ----
 
 FOLDER, ONE, EACH = "", "annotations/panoptic_val.json", "annotations/panoptic_{split}.json"
-
 
 @pytest.mark.parametrize("annotations, images, split, kind, count", [
     (FOLDER, None, None, "train", 3), (FOLDER, None, "train", "val", 3),
@@ -186,7 +155,6 @@ def test_the_named_split_is_opened_or_the_only_one_of_its_kind(
         data, annotations, images, split, kind, count):
     dataset = open_dataset(str(data / annotations), split, images and str(data / images), 32, kind)
     assert len(dataset) == len(list(dataset)) == count
-
 
 @pytest.mark.parametrize("annotations, images, kind, message", [
     (FOLDER, None, "val", "--split test, expected one of .*'train', 'val'"),
@@ -197,11 +165,9 @@ def test_a_split_that_is_not_there_is_named(data, annotations, images, kind, mes
     with pytest.raises(UserError, match=message):
         open_dataset(str(data / annotations), "test", images and str(data / images), 32, kind)
 
-
 def test_ids_are_colours_of_up_to_24_bits():
     ids, rgb = [0, 256, 2**24 - 1, 197121], [[0] * 3, [0, 1, 0], [255] * 3, [1, 2, 3]]
     assert id2rgb(np.array(ids)).tolist() == rgb and rgb2id(np.array(rgb, np.uint8)).tolist() == ids
-
 
 def test_an_annotation_is_read_untouched(data):
     for record, (height, width, segments) in zip(open_dataset(data, None, None, 32, "val"),
@@ -211,17 +177,14 @@ def test_an_annotation_is_read_untouched(data):
         assert [(s["id"], s["category_id"], s["iscrowd"]) for s in record["segments"]] == [
             segment[:3] for segment in segments]  # fmt: skip
 
-
 CITY, ADE = "frankfurt_000000_000294", "ADE_val_00000001"
 LAYOUTS = {  # as their converters leave them: JSON; its names of image and mask; where the image is
     "cityscapes": (
         "gtFine/cityscapes_panoptic_val.json", f"{CITY}_gtFine_leftImg8bit.png",
         f"{CITY}_gtFine_panoptic.png", f"leftImg8bit/val/frankfurt/{CITY}_leftImg8bit.png"),
     "ade20k": ("ade20k_panoptic_val.json", f"{ADE}.jpg", f"{ADE}.png",
-               f"images/validation/{ADE}.jpg"),
-}  # fmt: skip
+               f"images/validation/{ADE}.jpg")}  # fmt: skip
 IDS = np.repeat([[0, 7, 26001]], 4, 0)  # void, road, a car
-
 
 def converted(root, layout, images):
     """The data set of one image of 4 x 3 pixels in that layout, with --images below root."""
@@ -239,7 +202,6 @@ def converted(root, layout, images):
     name = name.replace("panoptic_val", "panoptic_{split}")
     return open_dataset(f"{root}/{name}", None, f"{root}/{images}", 32, "val", depth=True)
 
-
 @pytest.mark.parametrize("layout, images", [
     ("cityscapes", "leftImg8bit/{split}"), ("cityscapes", "leftImg8bit"), ("ade20k", "images"),
     ("ade20k", "images/validation")])  # fmt: skip
@@ -249,23 +211,19 @@ def test_cityscapes_and_ade20k_are_read_as_their_converters_leave_them(tmp_path,
     assert np.array_equal(np.nan_to_num(record["depth"]), IDS)  # lies as the images do
     assert [s["id"] for s in record["segments"]] == [7, 26001] and record["image_id"] == "an id"
 
-
 def test_an_image_that_is_found_twice_is_named_with_its_places(tmp_path):
     dataset, images = converted(tmp_path, "cityscapes", "leftImg8bit"), tmp_path / "leftImg8bit"
     shutil.copytree(images / "val", images / "copy")
     with pytest.raises(UserError, match="2 times below .*(copy|val)/f.*(copy|val)/f"):
         PanopticDataset(dataset.json_path, images)[0]
 
-
 def test_the_file_name_itself_comes_before_others_of_its_base_name(tmp_path):
     write_png(tmp_path / "images/validation/old" / f"{ADE}.jpg", np.zeros((4, 3, 3), np.uint8))
     assert converted(tmp_path, "ade20k", "images/validation")[0]["image"].all()
 
-
 def square(left, top, right, bottom):
     """A polygon around the pixels [left, right) x [top, bottom)."""
     return [left, top, right, top, right, bottom, left, bottom]
-
 
 def map_of(*boxes):
     """The 6 x 9 map with (id, left, top, right, bottom) painted in this order."""
@@ -273,7 +231,6 @@ def map_of(*boxes):
     for id, left, top, right, bottom in boxes:
         ids[top:bottom, left:right] = id
     return ids
-
 
 def instances(root, shapes, depth=False, **fields):
     """The data set of one grey image of 6 x 9 pixels; `fields` of its annotations: lists."""
@@ -287,7 +244,6 @@ def instances(root, shapes, depth=False, **fields):
         "categories": [{"id": 3, "name": "cell"}, {"id": 8, "isthing": 0}]})  # fmt: skip
     return open_dataset(root, None, None, 32, "train", depth)
 
-
 @pytest.mark.parametrize("shape, boxes", [
     ([square(-5, 4, 3, 90)], [(1, 0, 4, 3, 6)]),
     ([square(0, 0, 2, 2), square(5, 3, 9, 6)], [(1, 0, 0, 2, 2), (1, 5, 3, 9, 6)]),
@@ -298,26 +254,13 @@ def instances(root, shapes, depth=False, **fields):
 def test_polygons_and_run_lengths_cover_their_pixels(tmp_path, shape, boxes):
     assert np.array_equal(instances(tmp_path, [shape])[0]["ids"], map_of(*boxes))
 
-
 @pytest.mark.parametrize("boxes, painted", [
-    ([(0, 0, 9, 6), (1, 1, 6, 5), (3, 2, 8, 4)], [0, 1, 2]),  # of 54, 20 and 10 pixels
-    ([(3, 2, 8, 4), (0, 0, 9, 6), (1, 1, 6, 5)], [1, 2, 0]),
+    ([(3, 2, 8, 4), (0, 0, 9, 6), (1, 1, 6, 5)], [1, 2, 0]),  # of 10, 54 and 20 pixels
     ([(2, 0, 9, 2), (0, 0, 4, 2), (4, 0, 9, 2)], [1, 2])])  # fmt: skip
 def test_the_smaller_instance_is_on_top_and_a_hidden_one_is_left_out(tmp_path, boxes, painted):
     record = instances(tmp_path, [[square(*box)] for box in boxes])[0]
     assert np.array_equal(record["ids"], map_of(*[(1 + i, *boxes[i]) for i in painted]))
     assert [s["id"] for s in record["segments"]] == sorted(1 + i for i in painted)
-
-
-def test_crowds_and_categories_are_kept_and_only_annotated_images_are_items(tmp_path):
-    shapes = [[square(0, 0, 2, 2)], [square(3, 0, 5, 2)]]
-    dataset = instances(tmp_path, shapes, iscrowd=[0, 1], category_id=[3, 8])
-    (record,) = dataset
-    assert [(s["id"], s["category_id"], s["iscrowd"]) for s in record["segments"]] == [
-        (1, 3, 0), (2, 8, 1)]  # fmt: skip
-    assert record["image_id"] == 4 and (record["image"] == 99).all()
-    assert [(c["id"], c["isthing"]) for c in dataset.categories] == [(3, 1), (8, 0)]
-
 
 @pytest.mark.parametrize("counts", [[7, 3], "73"])
 def test_too_few_counts_never_make_up_pixels(tmp_path, counts):
@@ -326,44 +269,34 @@ def test_too_few_counts_never_make_up_pixels(tmp_path, counts):
         with suppress(UserError):
             assert np.array_equal(dataset[0]["ids"], map_of((1, 1, 1, 2, 4)))
 
-
-def two_squares(root, change, encoding="utf-8"):
-    """The data set of a square and another of image 4, in a JSON that `change` edits."""
+def two_squares(root, part, fields, encoding="utf-8"):
+    """The data set of two squares in image 4, in whose JSON an entry of `part` has `fields`."""
     file = root / "annotations" / "instances_train.json"
-    instances(root, [[square(0, 0, 2, 2)], [square(3, 0, 5, 2)]])
+    instances(root, [[square(0, 0, 2, 2)], [square(3, 0, 5, 2)]], category_id=[3, 8])
     content = json.loads(file.read_text())
-    change(content["images"][1], content["categories"][0], content["annotations"])
+    content[part][-1 if part != "categories" else 0] |= fields
     file.write_text(json.dumps(content), encoding)
     return open_dataset(root, None, None, 32, "train")
 
-
-@pytest.mark.parametrize("change, encoding", [
-    (lambda image, category, squares: None, "utf-8-sig"),  # a byte-order mark
-    (lambda image, category, squares: image.update(file_name="train\\4/grey.png"), "utf-8"),
-    (lambda image, category, squares: image.update(file_name="..\\..\\tool\\grey.png"), "utf-8"),
-    (lambda image, category, squares: image.update(file_name="/data/media/1/grey.png"), "utf-8"),
-    (lambda image, category, squares: image.update(file_name="../upload/grey.png"), "utf-8"),
-    (lambda image, category, squares: image.update(id="4"), "utf-8"),
-    (lambda image, category, squares: category.update(id="3", isthing="1"), "utf-8"),
-    (lambda image, category, squares: squares[1].update(image_id="4", category_id="3"), "utf-8"),
-])  # fmt: skip
-def test_what_other_tools_write_is_read_as_cocos(tmp_path, change, encoding):
-    dataset = two_squares(tmp_path, change, encoding)
+@pytest.mark.parametrize("part, fields", [
+    ("images", {}),  # a byte-order mark alone
+    ("images", {"file_name": "..\\..\\tool\\grey.png"}), ("images", {"file_name": "/a/grey.png"}),
+    ("images", {"id": "4"}), ("categories", {"id": "3", "isthing": "1"}),
+    ("annotations", {"image_id": "4", "category_id": "8"})])
+def test_what_other_tools_write_is_read_as_cocos(tmp_path, part, fields):
+    dataset = two_squares(tmp_path, part, fields, "utf-8" if fields else "utf-8-sig")
     (record,) = dataset
     assert record["image_id"] == 4 and (record["image"] == 99).all()
-    assert [(s["id"], s["category_id"]) for s in record["segments"]] == [(1, 3), (2, 3)]
+    assert [(s["id"], s["category_id"]) for s in record["segments"]] == [(1, 3), (2, 8)]
     assert [(c["id"], c["isthing"]) for c in dataset.categories] == [(3, 1), (8, 0)]
     assert not {"..", ""} & set(record["file_name"].split("/"))
 
-
-@pytest.mark.parametrize("value, crowd", [
-    ("0", False), ("1", True), (False, False), (True, True), (0.0, False), (1.0, True)])
+@pytest.mark.parametrize("value, crowd", [("0", 0), ("1", 1), (True, 1), (0.0, 0), (1.0, 1)])
 def test_a_crowd_is_0_or_1_however_it_is_written(tmp_path, value, crowd):
-    (record,) = two_squares(tmp_path, lambda _, __, squares: squares[1].update(iscrowd=value))
+    (record,) = two_squares(tmp_path, "annotations", {"iscrowd": value})
     assert record["segments"][1]["iscrowd"] == crowd
     counted = prepared(record)["ids"].unique()
     assert len(counted) == (2 if crowd else 3)  # VOID and one or two squares
-
 
 @pytest.mark.parametrize("annotations, image", [
     ("annotations/instances_{}.json", "images/{}/grey.png"),  # CVAT, with its split "default"
@@ -384,7 +317,6 @@ def test_folders_of_tools_are_found_without_flags(tmp_path, annotations, image, 
         (record,) = open_dataset(tmp_path / "data", None, None, 32, kind)
         assert np.array_equal(record["ids"], map_of((1, 0, 0, 2, 2)))
 
-
 def test_a_mask_outside_its_folder_is_not_read(tmp_path):
     dataset = converted(tmp_path, "ade20k", "images")
     write_png(tmp_path / "other.png", id2rgb(IDS))
@@ -394,7 +326,6 @@ def test_a_mask_outside_its_folder_is_not_read(tmp_path):
         write_json(dataset.json_path, content)
         with pytest.raises(UserError, match="ade20k_panoptic_val/other.png: no such image"):
             PanopticDataset(dataset.json_path, tmp_path / "images")[0]
-
 
 @pytest.mark.parametrize("orientation, turns", [(3, 2), (6, 1), (8, 3)])
 def test_an_image_is_turned_as_its_exif_tag_says(tmp_path, orientation, turns):
@@ -406,9 +337,7 @@ def test_an_image_is_turned_as_its_exif_tag_says(tmp_path, orientation, turns):
         image.save(tmp_path / f"a.{suffix}", exif=exif)
         assert np.array_equal(read_image(tmp_path / f"a.{suffix}")[..., 0], shown)
 
-
 GREY_VALUES = np.arange(0, 256, 5, np.uint8).reshape(4, 13)
-
 
 @pytest.mark.parametrize("stored", [
     GREY_VALUES, GREY_VALUES.astype(np.uint16) * 257, GREY_VALUES.astype(np.float32) / 255,
@@ -417,29 +346,24 @@ def test_grey_of_any_depth_is_the_same_picture(tmp_path, stored):
     Image.fromarray(stored).save(tmp_path / "a.tif")
     assert (np.abs(read_image(tmp_path / "a.tif")[..., 1].astype(int) - GREY_VALUES) <= 1).all()
 
-
 def test_bad_samples_are_skipped_and_counted_if_asked(tmp_path, capsys):
-    class Damaged:
-        def __len__(self):
-            return 4
-
+    class Damaged(Numbered):
         def __getitem__(self, index):
             if index in (1, 2):
                 raise UserError(f"file {index} is damaged")
-            return record_of(np.full((32, 32), 9), np.full((32, 32, 3), index, np.uint8))
+            return super().__getitem__(index)
 
-    stream = TrainingStream([Damaged()], small_config(), 0, on_bad_sample="skip")
+    damaged = Damaged(range(4))
+    stream = TrainingStream([damaged], small_config(), 0, on_bad_sample="skip")
     assert {round((stream[p]["image"].max().item() + 1) * 127.5) for p in range(12)} == {0, 3}
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(": ")[0] for line in lines] == ["skipped, number 1", "skipped, number 2"]
     with pytest.raises(UserError, match="is damaged"):
-        [TrainingStream([Damaged()], small_config(), 0)[p] for p in range(4)]
-
+        [TrainingStream([damaged], small_config(), 0)[p] for p in range(4)]
 
 DEPTH = np.arange(54.0).reshape(6, 9)
 DEPTH[0, :4] = 0, np.nan, np.inf, -1  # all unknown
 KNOWN = np.where(np.isfinite(DEPTH) & (DEPTH > 0), DEPTH, np.nan)
-
 
 @pytest.mark.parametrize("dtype", ["float16", ">f4", "float64", "uint16"])
 def test_depth_is_read_from_npy_of_floats_and_16_bit_png(tmp_path, dtype):
@@ -452,9 +376,7 @@ def test_depth_is_read_from_npy_of_floats_and_16_bit_png(tmp_path, dtype):
     assert np.array_equal(depth, KNOWN, equal_nan=True)
     assert "depth" not in instances(tmp_path, shapes)[0]
 
-
 # ---- damage: what the one line says after the file, * is anything ----
-
 
 def damage(file, how):
     """None: deletes it; "cut": truncates it; an array: in its place; a change of a JSON."""
@@ -469,14 +391,11 @@ def damage(file, how):
     else:
         (np.save if file.suffix == ".npy" else write_png)(file, how)
 
-
 def shape(value):
     return lambda content: content["annotations"][1].update(segmentation=value)
 
-
 def segment(**values):
     return lambda content: content["annotations"][1]["segments_info"][1].update(values)
-
 
 JSON = "annotations/"
 IMAGE, MASK, GREY = "train/train1.png", JSON + "panoptic_train/train1.png", "train_depth/grey.npy"
@@ -497,7 +416,6 @@ DAMAGE = [
     (INSTANCES, shape(None), "image 4: segmentation None: a box without an outline"),
     (INSTANCES, lambda c: c["images"][1].update(height=60), "*(60, 9) pixels, expected (6, 9)"),
     (INSTANCES, lambda c: c["images"][1].update(file_name="a\ud800"), "not a readable annotation"),
-    (INSTANCES, lambda c: c["categories"][0].update(name="\ud800"), "not a readable annotation"),
     (INSTANCES, lambda c: c["annotations"][1].update(iscrowd=2),
      "image 4: segment: iscrowd is 2, expected (0, 1, None)"),
     (PANOPTIC, segment(id=5), "image 11: segment: id 5 twice, expected once"),
@@ -508,9 +426,7 @@ DAMAGE = [
      "annotation: image_id 10 twice, expected once"),
     (PANOPTIC, lambda c: c["annotations"][1].pop("segments_info"), "*segments_info is None, exp"),
     (PANOPTIC, lambda c: c["images"].pop(1), "*image 11"),
-    (PANOPTIC, lambda c: c["annotations"].clear(), "no annotated image, expected at least one"),
-]  # fmt: skip
-
+    (PANOPTIC, lambda c: c["annotations"].clear(), "no annotated image, expected at")]  # fmt: skip
 
 @pytest.mark.parametrize("place, how, message", DAMAGE)
 def test_damage_is_named_in_one_line(data, complaint, tmp_path, place, how, message):

@@ -21,7 +21,6 @@ from ldmseg import (
 CATEGORIES = [{"id": id, "name": f"class {id}", "isthing": thing}
               for id, thing in ((3, 1), (50, 1), (7, 0), (200, 0), (90, 1))]  # 90 is never used
 
-
 def random_image(rng):
     """(truth ids, its segments, predicted ids, their segments) of overlapping rectangles. Some of
     the truth's ids are not in its list; some of its segments have no pixel."""
@@ -44,10 +43,8 @@ def random_image(rng):
     predicted = [lists[1][place] for place in np.unique(prediction) if place]
     return ids[0][truth], listed, ids[1][prediction], predicted
 
-
 def share(mask, *parts):
     return sum((mask & part).sum() for part in parts) / mask.sum()
-
 
 def by_masks(images, categories, hits):
     """PanopticQuality.compute() written out rule by rule; `hits` counts where a rule decides."""
@@ -106,10 +103,8 @@ def by_masks(images, categories, hits):
     classes = {"miou": sum(ious) / max(len(ious), 1), "pixel_accuracy": correct / max(pixels, 1)}
     return result | (classes if len(categories) > 1 else {})
 
-
 def near(expected, tolerance=1e-12):
     return pytest.approx(flat(expected), abs=tolerance, rel=0)
-
 
 def quality(images, **options):
     metric = PanopticQuality(CATEGORIES, **options)
@@ -117,10 +112,8 @@ def quality(images, **options):
         metric.update(*image)
     return metric.compute()
 
-
 ONE, rng = [{"id": 1, "isthing": 1}], np.random.default_rng(0)
 CASES = [[random_image(rng) for _ in range(rng.integers(1, 4))] for _ in range(300)]
-
 
 @pytest.mark.parametrize("class_agnostic, rules", [(False, 14), (True, 12)])
 def test_scores_equal_a_count_with_masks_and_every_rule_decides(class_agnostic, rules):
@@ -133,7 +126,6 @@ def test_scores_equal_a_count_with_masks_and_every_rule_decides(class_agnostic, 
     decided = [rule for rule, count in hits.items() if count >= 10]
     assert len(decided) == rules, set(hits) - set(decided)
 
-
 def test_pq_by_hand():
     # segment 1: IoU 3/4; segment 2: missed; prediction 3: wrong
     truth, prediction = np.array([[[1, 1, 1, 1, 2, 2, 2, 0]], [[1, 1, 1, 0, 3, 0, 0, 0]]])
@@ -141,16 +133,13 @@ def test_pq_by_hand():
     row = quality([(truth, lists[0], prediction, lists[1])])["per_class"]["3"]
     assert row == {"pq": 0.375, "sq": 0.75, "rq": 0.5, "tp": 1, "fp": 1, "fn": 1}
 
-
 def test_panoptic_quality_of_two_maps_is_the_class_agnostic_metric():
     for truth, _, prediction, _ in [images[0] for images in CASES]:
         lists = [segments_of(ids) for ids in (truth, prediction)]
         expected = by_masks([(truth, lists[0], prediction, lists[1])], ONE, Counter())["All"]
         assert flat(panoptic_quality(truth, prediction)) == near(expected)
 
-
 # ---- evaluate.py on files ----
-
 
 def write_pair(root, images):
     """gt.json, pred.json and their PNGs in the COCO panoptic format; image ids count from 1."""
@@ -165,89 +154,67 @@ def write_pair(root, images):
         write_json(root / f"{name}.json", {"annotations": annotations, "categories": CATEGORIES})
     return root
 
-
 def files(root, *more):
-    return ["--gt", f"{root}/gt.json", "--pred", f"{root}/pred.json", "--workers", "0", *more]
-
-
-@pytest.fixture
-def evaluated(tmp_path):
-    """A function (arguments) -> the JSON that evaluate.py leaves."""
-    def run(arguments):
-        evaluate.main([*arguments, "--json", str(tmp_path / "out.json")])
-        return json.loads((tmp_path / "out.json").read_text())
-
-    return run
-
+    return ["--gt", f"{root}/gt.json", "--pred", f"{root}/pred.json", *more]
 
 def test_scores_of_files_equal_a_count_with_masks_for_any_workers(tmp_path, evaluated):
     images = [image for images in CASES[:30] for image in images]
     command = files(write_pair(tmp_path / "pair", images))
-    results = [evaluated([*command, "--workers", workers]) for workers in ("0", "1", "2")]
+    results = [evaluated(*command, "--workers", workers) for workers in ("0", "1", "2")]
     assert results == results[:1] * 3  # to the last digit
     assert flat(results[0]) == near(by_masks(images, CATEGORIES, Counter()))
-
 
 def test_scores_equal_hotcoco(tmp_path, evaluated):
     panoptic = pytest.importorskip("hotcoco").panoptic
     root = write_pair(tmp_path / "pair", [image for images in CASES for image in images])
     oracle = panoptic.PanopticEval(str(root / "gt.json"), str(root / "pred.json"))
     oracle.evaluate()
-    results, classes, got = oracle.results(), oracle.report()["metrics"], evaluated(files(root))
+    results, classes, got = oracle.results(), oracle.report()["metrics"], evaluated(*files(root))
     expected = {group: results[group] for group in ("All", "Things", "Stuff")}
     expected |= {"miou": classes["mIoU"], "pixel_accuracy": classes["aAcc"]}
     assert flat({key: got[key] for key in expected}) == near(expected, 1e-9)
 
-
 REFERENCE = GOLDEN / "pq_small"
 EXPECTED = json.loads((REFERENCE / "expected.json").read_text())
 
-
 def test_scores_and_printed_rows_equal_the_reference(evaluated, capsys):
-    expected, got = dict(EXPECTED), evaluated(files(REFERENCE, "--per-class"))
+    expected, got = dict(EXPECTED), evaluated(*files(REFERENCE, "--per-class"))
     del expected["class_agnostic"]
     assert {k: flat(got)[k] for k in flat(expected)} == near(expected)
     printed = " ".join(capsys.readouterr().out.split())
     for row in (*expected.pop("per_class").values(), *expected.values()):
         assert " ".join(f"{row[k]:.4f}" for k in ("pq", "sq", "rq")) in printed
 
-
 def test_class_agnostic_scores_of_other_folders_equal_the_reference(evaluated, tmp_path):
     flags = ["--class-agnostic"]
     for name in ("gt", "pred"):
         shutil.copy(REFERENCE / f"{name}.json", tmp_path)
         flags += [f"--{name}-dir", str(REFERENCE / name)]
-    assert flat(evaluated(files(tmp_path, *flags))["All"]) == near(EXPECTED["class_agnostic"])
-
+    assert flat(evaluated(*files(tmp_path, *flags))["All"]) == near(EXPECTED["class_agnostic"])
 
 IDS = np.array([[5, 5, 5, 70000, 70000, 0]] * 4)
 SEGMENTS = [{"id": 5, "category_id": 3}, {"id": 70000, "category_id": 7}]
-
 
 @pytest.fixture
 def small(tmp_path):
     """The folder of three images with a perfect prediction."""
     return write_pair(tmp_path / "small", [(IDS, SEGMENTS, IDS, SEGMENTS)] * 3)
 
-
 def edit(name, change, root):
     content = json.loads((root / f"{name}.json").read_text())
     change(content["annotations"])
     write_json(root / f"{name}.json", content)
 
-
 @pytest.mark.parametrize("images", [[], [(0 * IDS, [], IDS, SEGMENTS)]], ids=["none", "all VOID"])
 def test_without_truth_every_score_is_0_over_no_category(tmp_path, evaluated, images):
     nothing = {group: {"pq": 0, "sq": 0, "rq": 0, "n": 0} for group in ("All", "Things", "Stuff")}
-    result = evaluated(files(write_pair(tmp_path / "pair", images)))
+    result = evaluated(*files(write_pair(tmp_path / "pair", images)))
     assert result == nothing | {"per_class": {}, "miou": 0, "pixel_accuracy": 0}
-
 
 def test_allow_missing_counts_the_segments_as_missed(small, evaluated):
     edit("pred", lambda annotations: annotations.pop(1), small)
-    row = evaluated(files(small, "--allow-missing"))["per_class"]["3"]
+    row = evaluated(*files(small, "--allow-missing"))["per_class"]["3"]
     assert (row["tp"], row["fp"], row["fn"]) == (2, 0, 1)
-
 
 @pytest.mark.parametrize("change, warning, counts", [
     (lambda a: None, None, (3, 0, 0)),
@@ -259,14 +226,12 @@ def test_allow_missing_counts_the_segments_as_missed(small, evaluated):
 ], ids=["nothing odd", "areas", "ids"])  # fmt: skip
 def test_what_is_odd_is_warned_of_once(small, evaluated, capfd, change, warning, counts):
     edit("gt", change, small)
-    row = evaluated(files(small, "--workers", "2"))["per_class"]["3"]
+    row = evaluated(*files(small, "--workers", "2"))["per_class"]["3"]
     assert (row["tp"], row["fp"], row["fn"]) == counts
     assert capfd.readouterr().err == (f"warning: {small}/gt.json: {warning}\n" if warning else "")
 
-
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
 
 BAD_FILES = {  # the damage; what the one line says after the folder, * is anything
     "no JSON": (lambda root: (root / "gt.json").unlink(), "gt.json: no such annotation file"),
@@ -281,9 +246,7 @@ BAD_FILES = {  # the damage; what the one line says after the folder, * is anyth
                           "pred/2.png: image 2: the prediction *none of [[]5, 70000]"),
     "no prediction": (partial(edit, "pred", list.pop), "pred.json: no prediction for 1 of 3*is 3"),
     "no truth": (partial(edit, "pred", lambda a: a.append({**a[0], "image_id": 77})),
-                 "pred.json: predictions for 1 images that */gt.json does not have*77"),
-}  # fmt: skip
-
+                 "pred.json: predictions for 1 images that *gt.json does not have*77")}  # fmt: skip
 
 @pytest.mark.parametrize("workers, case", [
     *(("0", case) for case in BAD_FILES), ("1", "truncated PNG"), ("1", "id not in the PNG")])
@@ -293,14 +256,12 @@ def test_a_bad_file_is_named_in_one_line(small, complaint, case, workers):
     line = complaint(evaluate.main, *files(small, "--workers", workers))
     assert fnmatchcase(line, f"{small}/{message}*"), line
 
-
 def test_instances_are_no_files_to_compare(complaint, tmp_path):
     write_json(tmp_path / "a.json", {
         "images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 3}], "annotations": [
             {"id": 1, "image_id": 1, "category_id": 3, "segmentation": [[0, 0, 2, 0, 2, 2]]}]})
     line = complaint(evaluate.main, "--gt", tmp_path / "a.json", "--pred", tmp_path / "a.json")
     assert line.startswith(f"{tmp_path}/a.json: instances, without PNGs")
-
 
 def test_saved_samples_score_like_the_weights(data, tiny_run, tmp_path, evaluated):
     annotated, images = str(data / "annotations" / "panoptic_val.json"), str(data / "val")
@@ -310,13 +271,11 @@ def test_saved_samples_score_like_the_weights(data, tiny_run, tmp_path, evaluate
     shutil.copy(samples, truth)
     for path in (tmp_path / "panoptic").iterdir():
         write_png(tmp_path / "moved" / path.name, np.roll(read_image(path), 1, axis=1))
-    direct = evaluated([*command, "--data", str(truth)])
-    saved = evaluated(["--gt", str(truth), "--pred", str(samples), "--class-agnostic"])
+    direct = evaluated(*command, "--data", truth)
+    saved = evaluated("--gt", truth, "--pred", samples, "--class-agnostic")
     assert flat(saved) == near({k: direct[k] for k in saved}) and 0.1 < saved["All"]["pq"] < 0.9
 
-
 # ---- logits -> segments, and their comparison ----
-
 
 @pytest.mark.parametrize("probabilities, threshold, id", [
     ([0.3, 0.1, 0.6], 0.5, 2), ([0.3, 0.1, 0.6], 0.7, 0), ([0.6, 0.1, 0.3], 0, 0)])
@@ -324,14 +283,12 @@ def test_void_wins_as_channel_0_and_where_confidence_is_low(probabilities, thres
     logits = torch.tensor(probabilities).log().view(-1, 1, 1).expand(-1, 4, 4)
     assert postprocess(logits, (8, 8), threshold, min_area=0).unique().tolist() == [id]
 
-
 @pytest.mark.parametrize("ids, size, min_area, row", [
     ([1, 1, 3, 3], (12, 20), 0, 10 * [1] + 10 * [3]), ([1, 1, 3, 3], (5, 6), 0, [1, 1, 1, 3, 3, 3]),
     ([1, 2, 2, 2], (8, 8), 16, 2 * [1] + 6 * [2]), ([1, 2, 2, 2], (8, 8), 17, 2 * [0] + 6 * [2])])
 def test_ids_are_resized_to_the_image_then_small_segments_are_void(ids, size, min_area, row):
     logits = 20.0 * torch.eye(4)[:, None, ids].repeat(1, 4, 1)  # id ids[j] in column j
     assert postprocess(logits, size, 0, min_area).tolist() == [row] * size[0]
-
 
 @pytest.mark.parametrize("size", [(7, 9), (64, 64), (61, 130), (300, 41)])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8])
@@ -344,7 +301,6 @@ def test_pixels_without_doubt_are_those_of_the_whole_map(size, threshold, scale)
     for values_at_once in (1, 10**9):  # row by row, or more
         assert torch.equal(most_probable(logits, size, threshold, values_at_once).long(), expected)
 
-
 def test_segments_info_counts_areas_and_boxes():
     ids = np.zeros((5, 7), np.int64)
     ids[1:4, 2:6], ids[4, 0] = 9, 300
@@ -352,7 +308,6 @@ def test_segments_info_counts_areas_and_boxes():
     assert segments_of(ids, {300: 7}) == [
         {"id": 9, "category_id": 1, "area": 11, "iscrowd": 0, "bbox": [2, 1, 4, 3]},
         {"id": 300, "category_id": 7, "area": 1, "iscrowd": 0, "bbox": [0, 4, 1, 1]}]
-
 
 def test_segments_that_match_take_the_truths_ids_and_others_unused_ones():
     halves = [[np.array([[1, 1, 0, 0]]), None, np.array([[2, 0, 0, 0]])]]  # IoU of exactly 0.5

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 import train_ae
 import train_ldm
-from conftest import ON_CPU, SCENES, ConvUNet, ae_command, gaussian, ldm_command, small_config
+from conftest import (
+    ON_CPU, SCENES, ConvUNet, ae_command, gaussian, ldm_command, logged, small_config,
+)  # fmt: skip
 from ldmseg import (
     TASKS, DepthQuality, LDMSeg, MaskAutoencoder, ShapeScenes, TrainingStream, UserError,
     int2bits, load_model, merge_panoptic, prepare, read_image, relative_depth, save_weights,
@@ -23,7 +25,6 @@ from PIL import Image
 
 CLASSES = [{"id": 7, "name": "cell", "isthing": 1}, {"id": 9, "name": "ground", "isthing": 0},
            {"id": 40, "name": "box", "isthing": 1}]  # fmt: skip
-
 
 def merge_in_loops(instances, classes, isthing, min_area):
     """merge_panoptic of two confident maps (H, W), pixel by pixel."""
@@ -39,11 +40,9 @@ def merge_in_loops(instances, classes, isthing, min_area):
                 ids[place] = own
     return ids, class_of
 
-
 def logits_of(ids):
     """Logits (16, h, w) that are drawn as the map (h, w), each entry as 2 x 2 pixels."""
     return 200 * F.one_hot(torch.tensor(ids), 16).permute(2, 0, 1).float()
-
 
 def test_merging_equals_a_loop_over_pixels():
     isthing = [1, 0, 1, 0]
@@ -53,14 +52,11 @@ def test_merging_equals_a_loop_over_pixels():
         expected, classes = merge_in_loops(*maps.repeat(2, 1).repeat(2, 2), isthing, 8)
         assert np.array_equal(ids, expected) and class_of == classes
 
-
 # ---- the task embedding ----
-
 
 def task_config(**changes):
     several = dict(tasks=TASKS, depth_scale=0.25, categories=json.dumps(CLASSES))
     return small_config(**several | changes)
-
 
 @pytest.fixture
 def model(monkeypatch):
@@ -68,7 +64,6 @@ def model(monkeypatch):
     monkeypatch.setattr(ldmseg, "build_unet", ConvUNet)
     torch.manual_seed(0)
     return LDMSeg(task_config(tasks=("semantic", "depth", "instance")))
-
 
 def test_a_task_samples_by_its_own_embedding_alone(model):
     def draw():
@@ -82,7 +77,6 @@ def test_a_task_samples_by_its_own_embedding_alone(model):
     assert all(torch.equal(after[i], before[2 - i]) for i in range(3))
     assert not torch.allclose(before[0], before[2], atol=1e-2)
 
-
 def test_each_sample_of_a_batch_has_its_own_task(model):
     """The loss is a mean over the cells that count: 12, 8, 4 and 12 of the four samples."""
     ids, depth = torch.full((4, 32, 32), 5), gaussian(4, 32, 32, seed=1).clamp(-1, 1)
@@ -95,7 +89,6 @@ def test_each_sample_of_a_batch_has_its_own_task(model):
     expected = sum(n * loss for n, loss in zip((12, 8, 4, 12), single)) / 36
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=0)
 
-
 def test_depth_is_the_target_exactly_where_it_is_the_task(model):
     ids, depth = torch.full((2, 32, 32), 3), gaussian(2, 32, 32)
     ids[:, :16], depth[:, :, 16:] = 0, math.nan
@@ -106,15 +99,12 @@ def test_depth_is_the_target_exactly_where_it_is_the_task(model):
     assert torch.equal(valid, torch.stack([ids[0] > 0, ~depth[1].isnan()]))
     torch.testing.assert_close(model.decode(x0, "depth"), model.depth_autoencoder.decoder(4 * x0))
 
-
 # ---- depth: its range and scores ----
-
 
 def test_relative_depth_runs_from_the_2nd_to_the_98th_percentile_of_what_is_valid():
     depth = relative_depth(np.append(np.arange(101.0), [np.nan, np.nan])[None])[0]
     np.testing.assert_allclose(depth[[0, 2, 26, 50, 98, 100]], [-1, -1, -0.5, 0, 1, 1], atol=1e-6)
     assert np.isnan(depth).nonzero()[0].tolist() == [101, 102]
-
 
 FOUR = (3, 7, 9, 11, math.nan, math.nan), (0, 0, 1, 1, -50, 50)  # aligned to 5 5 10 10
 OF_FOUR = {"abs_rel": (2 / 3 + 2 / 7 + 1 / 9 + 1 / 11) / 4, "rmse": 2.5**0.5, "delta1": 0.5, "n": 1}
@@ -124,7 +114,6 @@ NEGATIVE = (1, 0.1, 10), (0, 1, 2)  # aligned to -0.8 3.7 8.2
 OF_NEGATIVE = {"abs_rel": (1.8 + 36 + 0.18) / 3, "rmse": 1.8 * 2**0.5, "delta1": 1 / 3, "n": 1}
 OF_BOTH = {k: (OF_FOUR[k] + OF_THREE[k]) / 2 for k in OF_FOUR} | {"n": 2}  # the mean over images
 
-
 @pytest.mark.parametrize("pairs, expected", [([FOUR], OF_FOUR), ([THREE, EMPTY], OF_THREE),
                                              ([NEGATIVE], OF_NEGATIVE), ([FOUR, THREE], OF_BOTH)])
 def test_depth_scores_are_those_counted_by_hand(pairs, expected):
@@ -133,9 +122,7 @@ def test_depth_scores_are_those_counted_by_hand(pairs, expected):
         metric.update(np.array([truth]), np.array([predicted], np.float32))
     assert metric.compute() == pytest.approx(expected)
 
-
 # ---- what the model sees of each task ----
-
 
 def record_of(ids, categories, depth, crowds=()):
     """An item of a data set, ids and depth in vertical stripes; categories: {id: category}."""
@@ -146,7 +133,6 @@ def record_of(ids, categories, depth, crowds=()):
     return {"image": image, "ids": ids, "segments": segments, "image_id": 3, "file_name": "a.png",
             "depth": depth}  # fmt: skip
 
-
 class Records(list):
     """Two records as a data set."""
 
@@ -155,35 +141,31 @@ class Records(list):
                           record_of((5, 6), {5: 40, 6: 9}, (1, 2, 2, 1))])
         self.categories = CLASSES
 
-
 def prepared(record, seed=0, task="semantic", augment=False, **changes):
     return prepare(record, task_config(**changes), np.random.default_rng(seed), augment, task)
-
 
 @pytest.mark.parametrize("ids, categories, expected", [
     ((500, 2, 70000, 3), {500: 40, 2: 7, 70000: 9, 3: 40}, [3, 1, 2, 3]),
     ((1, 2, 3, 0), {1: 7, 2: 40}, [0, 3, 0, 0]),  # 1 is a crowd, 3 is not listed
-    (range(1, 17), {id: 7 + 2 * (id % 2) for id in range(2, 17)}, [0, 1] + 7 * [2, 1]),  # > N ids
-])
+    (range(1, 17), {id: 7 + 2 * (id % 2) for id in range(2, 17)}, [0, 1] + 7 * [2, 1])])  # > N ids
 def test_semantic_ids_are_the_places_of_the_classes(ids, categories, expected):
     record = record_of(ids, categories, (1, 2), crowds=[1])
     for seed in range(5):  # never relabelled
         drawn = prepared(record, seed)["ids"][:, :: 32 // len(ids)]
         assert drawn.unique(dim=0).tolist() == [expected]
 
-
+@pytest.mark.parametrize("augment", [True, False])
 @pytest.mark.parametrize("task", TASKS)
-def test_all_flips_with_the_image_and_depth_is_relative(task):
+def test_all_flips_with_the_image_in_training_only_and_depth_is_relative(task, augment):
     record, flips = record_of((1, 2, 2, 2), {1: 40, 2: 7}, np.linspace(1, 2, 32)), set()
     record["depth"][5, 7] = np.nan
     for seed in range(20):
-        drawn = prepared(record, seed, task, augment=True)
+        drawn = prepared(record, seed, task, augment)
         flips.add(flip := bool(drawn["image"][0, 0, 0] < 0))
         ids, depth = (drawn[k].flip(-1) if flip else drawn[k] for k in ("ids", "depth"))
         assert ids[0, 0] != ids[0, 8] == ids[0, 31]
         np.testing.assert_allclose(depth, relative_depth(record["depth"]), atol=1e-6)
-    assert flips == {True, False}
-
+    assert flips == ({True, False} if augment else {False})
 
 def test_constant_depth_is_an_error_that_names_the_image_where_a_task_needs_it():
     record = record_of((1, 2), {1: 7, 2: 9}, (4.0, 4.0))
@@ -191,19 +173,16 @@ def test_constant_depth_is_an_error_that_names_the_image_where_a_task_needs_it()
     with pytest.raises(UserError, match="^a.png: depth has one value or none at 1024 valid pixels"):
         prepared(record)
 
-
 @pytest.fixture(scope="module")
 def drawn():
     """The first 600 samples of a stream of three tasks, each with given blocks."""
     stream = TrainingStream([Records()], task_config(given_share=1.0), seed=4)
     return [stream[p] for p in range(600)]
 
-
 def test_all_tasks_are_drawn_equally_often_whichever_data_sets_turn_it_is(drawn):
     for turn in (0, 1):
         counts = np.bincount([s["task"] for s in drawn[turn::2]], minlength=3)
         assert len(counts) == 3 and counts.min() > 70  # of 100, with a standard deviation of 8
-
 
 def test_the_task_says_whether_ids_are_classes_and_blocks_given(drawn):
     """The second record's two classes are the places 3 and 2; as instances, ids are random."""
@@ -213,9 +192,7 @@ def test_the_task_says_whether_ids_are_classes_and_blocks_given(drawn):
     given = [np.mean([s["known"].any() for s in drawn if s["task"] == t]) for t in range(3)]
     assert given[0] > 0.5 and given[1] > 0.5 and given[2] == 0
 
-
 # ---- scores ----
-
 
 def test_perfect_outputs_have_perfect_scores():
     records, outputs = Records(), []
@@ -235,15 +212,12 @@ def test_perfect_outputs_have_perfect_scores():
     expected = {"abs_rel": 0, "rmse": 0, "delta1": 1, "n": 2}  # the scale and the shift are found
     assert result["depth"] == pytest.approx(expected, abs=1e-4)
 
-
 def test_weights_list_the_tasks_they_know():
     assert task_config().task() == "panoptic" and small_config().task() == "instance"
     with pytest.raises(UserError, match="--task depth: these weights know panoptic, semantic"):
         task_config(tasks=("semantic", "instance")).task("depth")
 
-
 # ---- the scripts, and training that starts from a run ----
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -255,16 +229,10 @@ def runs(tmp_path_factory):
     train_ldm.main(tasks_command(out, out.ldm, *TASKS))
     return out
 
-
 def tasks_command(runs, out, *tasks):
     """Arguments of train_ldm.py for these tasks on top of both autoencoders, where needed."""
     command = ldm_command("shapes", runs.ae, out, "--limit", "2", "--tasks", *tasks)
     return [*command[:2], *[str(runs.depth)] * ("depth" in tasks), *command[2:]]
-
-
-def last_scores(run):
-    return json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-
 
 def test_weights_of_several_tasks_hold_both_autoencoders_their_scales_and_the_classes(runs):
     model, config = load_model(runs.ldm), load_model(runs.ldm).config
@@ -272,34 +240,29 @@ def test_weights_of_several_tasks_hold_both_autoencoders_their_scales_and_the_cl
                              ("depth_autoencoder", runs.depth, config.depth_scale)):
         own, expected = getattr(model, name).state_dict(), load_model(run).state_dict()
         assert all(torch.equal(own[k], v) for k, v in expected.items())
-        assert scale == pytest.approx(0.7 / last_scores(run)["latent_std"])
+        assert scale == pytest.approx(0.7 / logged(run)[-1]["latent_std"])
     assert json.loads(config.categories) == ShapeScenes.categories and config.tasks == TASKS
-
 
 @pytest.mark.parametrize("tasks, names", [
     (("depth", "instance"), "depth_abs_rel depth_rmse depth_delta1 pq sq rq"),
     (("semantic", "instance"), " ".join(
         f"{task}{name}" for task in ("panoptic_", "semantic_") for name in
-        ("pq", "sq", "rq", "miou", "pixel_accuracy")) + " pq sq rq"),
-])  # fmt: skip
+        ("pq", "sq", "rq", "miou", "pixel_accuracy")) + " pq sq rq")])  # fmt: skip
 def test_any_tasks_are_trained_in_their_order_and_scored(runs, tmp_path, tasks, names):
     train_ldm.main(tasks_command(runs, tmp_path, *tasks))
     expected = {"step", "sampling_steps", "autoencoder_pq", *names.split()}
-    assert load_model(tmp_path).config.tasks == tasks and set(last_scores(tmp_path)) == expected
-
+    assert load_model(tmp_path).config.tasks == tasks and set(logged(tmp_path)[-1]) == expected
 
 @pytest.mark.parametrize("task, categories", [
     ("panoptic", range(1, 12)), ("semantic", range(1, 12)), ("instance", [1])])
-def test_the_weights_draw_the_masks_that_sample_wrote(runs, data, tmp_path, task, categories):
+def test_the_weights_draw_the_masks_that_sample_wrote(
+        runs, data, tmp_path, evaluated, task, categories):
     command = ["--weights", str(runs.ldm), "--steps", "2", "--task", task, "--data"]
     sample.main([*command, str(data), "--out", str(tmp_path), *ON_CPU])
     written = json.loads((tmp_path / "panoptic.json").read_text())
     assert [c["id"] for c in written["categories"]] == [*categories]
-    evaluate.main([*command, str(tmp_path / "panoptic.json"), "--images", str(data / "val"),
-                   "--json", str(tmp_path / "out.json"), *ON_CPU])  # fmt: skip
-    result = json.loads((tmp_path / "out.json").read_text())
+    result = evaluated(*command, tmp_path / "panoptic.json", "--images", data / "val")
     assert (result["miou"] if task == "semantic" else result["All"]["pq"]) == 1
-
 
 def test_sampled_depth_is_written_in_16_bits(runs, data, tmp_path):
     sample.main(["--weights", str(runs.ldm), "--steps", "2", "--task", "depth", "--data",
@@ -312,20 +275,15 @@ def test_sampled_depth_is_written_in_16_bits(runs, data, tmp_path):
         depth = F.interpolate(depth, (height, width), mode="bilinear")[0, 0].clamp(-1, 1)
         np.testing.assert_allclose((np.asarray(written) - 1.0) / 65534, (depth + 1) / 2, atol=1e-3)
 
-
-def test_a_depth_autoencoder_is_scored_by_depth(runs, tmp_path):
-    out, logged = str(tmp_path / "out.json"), last_scores(runs.depth)
-    evaluate.main(["--weights", str(runs.depth), "--limit", "2", "--json", out, *ON_CPU])
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert set(result) == {"depth", "autoencoder"} and 0 < logged["abs_rel"] < 1
-    assert result["depth"] == pytest.approx({k: logged[k] for k in result["depth"]})
-
+def test_a_depth_autoencoder_is_scored_by_depth(runs, evaluated):
+    result, last = evaluated("--weights", runs.depth, "--limit", 2), logged(runs.depth)[-1]
+    assert set(result) == {"depth", "autoencoder"} and 0 < last["abs_rel"] < 1
+    assert result["depth"] == pytest.approx({k: last[k] for k in result["depth"]})
 
 def test_data_with_other_classes_than_the_weights_is_an_error(complaint, runs, data):
     flags = ["--weights", runs.ldm, "--data", data, "--task", "semantic", *ON_CPU]
     line = complaint(evaluate.main, *flags)
     assert line.startswith(f"--data {data}: 2 classes") and "those of the weights" in line
-
 
 @pytest.mark.parametrize("tasks, flags, message", [
     ("semantic", "--ae {1.ae}", "bits is 3, expected 4"),
@@ -344,7 +302,6 @@ def test_mistakes_in_tasks_and_starts_are_named(
     line = complaint(train_ldm.main, *(a.format(runs, tiny_run, data) for a in command))
     assert message.format(runs, tiny_run, data) in line
 
-
 def test_several_tasks_that_start_from_a_run_without_any_give_its_output_at_first():
     config = small_config()
     run = LDMSeg(config).eval()
@@ -357,7 +314,6 @@ def test_several_tasks_that_start_from_a_run_without_any_give_its_output_at_firs
     output, _, _ = model.predict(z, z_image, z, t, torch.tensor([0, 1]))
     torch.testing.assert_close(output, expected)
     assert expected.abs().max() > 0.1
-
 
 def test_training_starts_from_all_but_the_autoencoder_of_a_run(runs, tmp_path):
     ae, file = MaskAutoencoder(load_model(runs.ae).config), tmp_path / "ae.safetensors"

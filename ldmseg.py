@@ -1151,7 +1151,7 @@ class PanopticQuality:
         self.class_agnostic = class_agnostic
         self.categories = [{"id": 1, "isthing": 1}] if class_agnostic else categories
         rows = {c["id"]: row for row, c in enumerate(self.categories)}
-        self.row = defaultdict(int) if class_agnostic else rows  # agnostic: always row 0
+        self.row = defaultdict(int) if class_agnostic else rows
         # rows: categories, ids in no list; columns, of the truth: sum of IoU, TP, FN, pixels
         # in both, pixels, segments of another area in the JSON; predicted: FP, pixels
         self.state = np.zeros((len(rows) + 1, 8))
@@ -1164,9 +1164,9 @@ class PanopticQuality:
         self.state = sum_over_ranks(torch.from_numpy(self.state).to(device)).cpu().numpy()
 
     def update(self, gt_ids, gt_segments, pred_ids, pred_segments):
-        """Count one image: int ids (H, W) or COCO colours uint8 (H, W, 3), 0 = VOID, and
-        their segments. UserError where the prediction's disagree. NOTE: the reference takes
-        areas of the truth from the JSON; here pixels, because they can differ."""
+        """Count an image: int ids (H, W) or COCO's colours uint8 (H, W, 3), and segments_info.
+        NOTE: the reference takes the truth's areas from the JSON; here pixels, because they
+        can differ."""
         size, shape = gt_ids.shape[:2], pred_ids.shape
         require(shape[:2] == size, f"the prediction is {shape}, expected {size}")
         sides = (gt_ids, gt_segments), (pred_ids, pred_segments)
@@ -1175,19 +1175,20 @@ class PanopticQuality:
         crowd = np.array([bool(s.get("iscrowd")) for s in gt_segments], bool)
 
         # runs of pixels with the same pair of ids: there are far fewer runs than pixels
-        change = np.zeros(size, bool).ravel()
+        change = np.zeros(math.prod(size), bool)
         for ids, _ in sides:
-            flat, n = ids.ravel(), ids.size // change.size  # channels
-            change[np.flatnonzero(flat[n:] != flat[:-n]) // n + 1] = True
+            flat, channels = ids.ravel(), ids.size // change.size
+            differs = flat[channels:] != flat[:-channels]
+            change[np.flatnonzero(differs) // channels + 1] = True
         start = np.append(0, np.flatnonzero(change))
 
         # pixels of each pair of segments; row and column 0: of ids in no list, 1: VOID
-        place, shape = 0, (len(gt) + 2, len(pred) + 2)
+        pair, shape = 0, (len(gt) + 2, len(pred) + 2)
         for ids, segments in sides:
             ids = ids.ravel()[start] if ids.ndim == 2 else rgb2id(ids.reshape(-1, 3)[start])
-            place = place * shape[1] + compact_ids(ids, [VOID, *(s["id"] for s in segments)])
+            pair = pair * shape[1] + compact_ids(ids, [VOID, *(s["id"] for s in segments)])
         pixels = np.diff(start, append=change.size)
-        overlap = np.bincount(place, pixels, math.prod(shape)).reshape(shape)
+        overlap = np.bincount(pair, pixels, math.prod(shape)).reshape(shape)
         gt_area, area, void = overlap[2:].sum(1), overlap[:, 2:].sum(0), overlap[1, 2:]
         unlisted = overlap[:, 0].sum()
         unseen = [s["id"] for s, pixels in zip(pred_segments, area) if not pixels]
@@ -1222,19 +1223,19 @@ class PanopticQuality:
         scores = {"pq": iou / weight.clip(min=0.5), "sq": iou / tp.clip(min=1),
                   "rq": tp / weight.clip(min=0.5)}
         seen, thing = weight > 0, np.array([c["isthing"] for c in self.categories], bool)
-        groups, result = {"All": seen, "Things": seen & thing, "Stuff": seen & ~thing}, {}
-        for name, group in groups.items():
+        result = {}
+        for name, group in ("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing):
             n = int(group.sum())
-            result[name] = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
-            result[name]["n"] = n
+            means = {k: v[group].sum().item() / max(n, 1) for k, v in scores.items()}
+            result[name] = means | {"n": n}
         scores |= {"tp": tp.astype(int), "fp": fp.astype(int), "fn": fn.astype(int)}
         result["per_class"] = {str(c["id"]): {k: v[row].item() for k, v in scores.items()}
                                for row, c in enumerate(self.categories) if seen[row]}
         if not self.class_agnostic:
             union = truth + predicted - both
-            miou = (both / union.clip(min=1)).sum() / max((union > 0).sum(), 1)
-            result["miou"] = float(miou)
-            result["pixel_accuracy"] = float(both.sum() / max(truth.sum(), 1))
+            iou = (both / union.clip(min=1)).sum() / max((union > 0).sum(), 1)
+            accuracy = both.sum() / max(truth.sum(), 1)
+            result |= {"miou": iou.item(), "pixel_accuracy": accuracy.item()}
         return result
 
 def panoptic_quality(truth, prediction):
@@ -1247,19 +1248,19 @@ class DepthQuality:
     """Means over images of AbsRel, RMSE and delta < 1.25, in the unit of the truth."""
 
     def __init__(self):
-        self.state = np.zeros(4)  # sums of the three over images, images
+        self.state = np.zeros(4)  # sums of the three, images
 
     all_reduce = PanopticQuality.all_reduce
 
     def update(self, truth, predicted):
-        """Count one image, (H, W): truth > 0 or NaN, predicted up to scale and shift."""
+        """Count an image, (H, W): truth > 0 or NaN, predicted up to scale and shift."""
         if (valid := np.isfinite(truth)).any():
             truth, predicted = truth[valid], predicted[valid]
             columns = np.stack([predicted, np.ones(len(truth))], 1)
             ours = columns @ np.linalg.lstsq(columns, truth, rcond=None)[0]
-            ratio = np.maximum(ours / truth, truth / ours.clip(min=1e-9))
             rmse = np.sqrt(np.square(ours - truth).mean())
-            self.state += np.abs(ours / truth - 1).mean(), rmse, (ratio < 1.25).mean(), 1
+            near = (ours < 1.25 * truth) & (truth < 1.25 * ours)
+            self.state += np.abs(ours / truth - 1).mean(), rmse, near.mean(), 1
 
     def compute(self):
         abs_rel, rmse, delta1 = (self.state[:3] / max(self.state[3], 1)).tolist()
@@ -1280,13 +1281,13 @@ THINGS = {  # outlines, below 1 inside; x, y: local coordinates, r: distance fro
     "ring": lambda x, y, r: maximum(r, 1 + 1.2 * (0.36 - r)),
     "cross": lambda x, y, r: maximum(r / 1.2, minimum(abs(x), abs(y)) / 0.4),
     "blob": lambda x, y, r: r / (0.8 + 0.2 * sin(3 * np.arctan2(y, x)))}  # has no label
+NAMES = [*STUFF, *THINGS]
 
 class ShapeScenes(Dataset):
     """Generated scenes. Items: image uint8 (H, W, 3), ids int64 (H, W), 0 = VOID, segments
     [{"id", "category_id"}], image_id, file_name, depth float32 (H, W) in [0, 1], 1 far."""
 
     LENGTH = {"train": 100_000, "val": 200}
-    NAMES = [*STUFF, *THINGS]
     categories = [{"id": i, "name": name, "isthing": int(name in THINGS)}
                   for i, name in enumerate(NAMES[:-1], start=1)]
 
@@ -1303,19 +1304,20 @@ class ShapeScenes(Dataset):
 
     def frame(self, number, time):
         """The item of scene `number`, `time` frames later (int): its things move."""
-        rng, motion = (random_generator(list(self.LENGTH).index(self.split), purpose, number)
-                       for purpose in ("scene", "motion"))
+        seed = list(self.LENGTH).index(self.split)
+        rng, motion = (random_generator(seed, p, number) for p in ("scene", "motion"))
         shift = time * motion.uniform(-0.035, 0.035, (6, 2))  # of each thing, to the right, down
-        ids, depth, names = np.zeros(self.x.shape, np.int64), np.zeros_like(self.x), []
-        image = np.zeros((*self.x.shape, 3), np.float32)
+        layers = [*self.regions(rng), *self.things(rng, shift)]
 
         # paint from far to near, each layer with a contact shadow
-        for name, outline, colour, distance in (*self.regions(rng), *self.things(rng, shift)):
-            names.append(name)
-            image *= np.where(outline < 1.3, np.float32(0.72), 1)[..., None]
-            np.copyto(image, colour, where=(outline < 1)[..., None])
-            np.copyto(depth, distance, where=outline < 1)
-            ids[outline < 1] = len(names)
+        ids, depth = np.zeros(self.x.shape, np.int64), np.zeros_like(self.x)
+        image = np.zeros((*self.x.shape, 3), np.float32)
+        for id, (_, outline, colour, distance) in enumerate(layers, start=1):
+            inside = outline < 1
+            image[outline < 1.3] *= np.float32(0.72)
+            image[inside] = colour[inside]
+            np.copyto(depth, distance, where=inside)
+            ids[inside] = id
 
         # haze, contrast, noise
         haze = (0.55 * depth**1.5)[..., None]
@@ -1324,9 +1326,10 @@ class ShapeScenes(Dataset):
         image += rng.uniform(0.01, 0.05) * rng.standard_normal(image.shape, np.float32)
 
         # blobs, and the little that is left of hidden things, are VOID
-        large = np.bincount(ids.ravel(), minlength=len(names) + 1) >= 0.02 * ids.size
-        segments = [{"id": id, "category_id": 1 + self.NAMES.index(name)}
-                    for id, name in enumerate(names, start=1) if large[id] and name != "blob"]
+        large = np.bincount(ids.ravel(), minlength=len(layers) + 1) >= 0.02 * ids.size
+        segments = [{"id": id, "category_id": 1 + NAMES.index(name)}
+                    for id, (name, *_) in enumerate(layers, start=1)
+                    if large[id] and name != "blob"]
         ids[~np.isin(ids, [s["id"] for s in segments])] = VOID
         return {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids, "depth": depth,
                 "segments": segments, "image_id": number,
@@ -1335,7 +1338,7 @@ class ShapeScenes(Dataset):
     def regions(self, rng):
         """One to three, far to near: name, outline (H, W), colour (H, W, 3), distance."""
         x, y, near = self.x, self.y, 0.75 + self.y  # waves are longer where it is near
-        names = [self.NAMES[rng.integers(2)], *rng.permutation(self.NAMES[2:5])]
+        names = [NAMES[rng.integers(2)], *rng.permutation(NAMES[2:5])]
         tops = np.sort(rng.permutation(rng.uniform((0.2, 0.5), (0.5, 0.75)))[: rng.integers(3)])
         for name, top in zip(names[rng.integers(2) :], [-1.0, *tops.tolist()]):
             tint, contrast, across, down, bend = STUFF[name]

@@ -46,6 +46,7 @@ from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from tokenize import TokenError
+from types import UnionType
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -1413,14 +1414,14 @@ def read_image(path, exact=False):
     white is the first of 1, 255, 4095, 65535 and its highest value that is not below that.
     exact: of a mask, which must be a PNG of 8 bits."""
     with reading(path, "image"):
-        require(Path(path).is_file() or not Path(path).exists(), "no regular file")
         data = Path(path).read_bytes()
-        is_png = data.startswith(b"\x89PNG") and data[24] <= 8
-        require(is_png or not exact, "expected a PNG of 8 bits per channel")
-        if is_png and b"eXIf" not in data:  # faster than Pillow
-            from torchvision.io import ImageReadMode, decode_png
+        if exact:
+            fits = data.startswith(b"\x89PNG") and data[24] <= 8
+            require(fits, "expected a PNG of 8 bits per channel")
+            from torchvision.io import ImageReadMode, decode_png  # faster than Pillow
             data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+            image = decode_png(data, ImageReadMode.RGB, apply_exif_orientation=True)
+            return image.permute(1, 2, 0).numpy()
         image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
         if image.mode[0] in "IF":  # integers of over 8 bits, floats
             values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
@@ -1429,16 +1430,16 @@ def read_image(path, exact=False):
             image = Image.fromarray((255 * (values - black) / (white - black)).astype(np.uint8))
         return np.asarray(image.convert("RGB"))
 
-def read_depth(path, shape):
-    """.npy of floats, .png of 16 bits -> float32 (H, W) = shape, NaN what is not > 0."""
+def read_depth(path, size):
+    """.npy of floats or .png of 16 bits -> float32 (H, W) = size, NaN what is not > 0."""
     path = path.with_suffix(".npy" if path.with_suffix(".npy").exists() else ".png")
     with reading(path, "depth map, .npy or .png"):
         depth = np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
         fits = depth.dtype.name in ("uint16", "float16", "float32", "float64")
-        require(fits and depth.shape == shape, f"{depth.dtype} {depth.shape}, expected "
-                f"16-bit integers or floats {shape}")
-        depth = depth.astype(np.float32)
-        return np.where((depth > 0) & np.isfinite(depth), depth, np.float32(np.nan))
+        require(fits and depth.shape == size, f"{depth.dtype} {depth.shape}, expected "
+                f"16-bit integers or floats {size}")
+        known = (depth > 0) & np.isfinite(depth)
+        return np.where(known, depth, np.nan).astype(np.float32)
 
 def draw_instances(segments, size):
     """COCO polygons or RLE of segments -> ids int32 (H, W) = size, the smaller on top."""
@@ -1448,19 +1449,19 @@ def draw_instances(segments, size):
     coco, masks, ids = COCO(), {}, np.zeros(size, np.int32)
     coco.imgs = {0: {"height": size[0], "width": size[1]}}
     for segment in segments:
-        shape = segment.get("segmentation")
+        shape, pixels = segment.get("segmentation"), f"expected the {size} pixels of its image"
         with reading(f"segmentation {str(shape)[:60]}", "polygon [[x, y, ...]] or RLE"):
             require(shape, "a box without an outline, expected polygons or RLE")
             for xy in shape if isinstance(shape, list) else ():  # infinity would hang
                 fits = len(xy) >= 6 and np.abs(np.reshape(xy, (-1, 2))).max() < 1e6
                 require(fits, "expected three or more pairs x, y")
             if isinstance(shape, dict):  # of another size it crashes, of another sum it shifts
-                whole = isinstance(shape["counts"], str) or sum(shape["counts"]) == math.prod(size)
-                require(whole and (*shape["size"],) == size, f"expected the {size} pixels of its "
-                        "image")
+                counts = shape["counts"]
+                whole = isinstance(counts, str) or sum(counts) == math.prod(size)
+                require(whole and (*shape["size"],) == size, pixels)
             rle = coco.annToRLE({"image_id": 0, "segmentation": shape})
             mask = masks[segment["id"]] = decode(rle) > 0  # undefined after the last run
-            require(mask.sum() == area(rle), f"expected the {size} pixels of its image")
+            require(mask.sum() == area(rle), pixels)
     for id in sorted(masks, key=lambda id: -masks[id].sum()):
         ids[masks[id]] = id
     return ids
@@ -1471,44 +1472,37 @@ FIELDS = {  # of a JSON's entries: the type or values that fit; the first field 
     "annotation": {"image_id": int | str, "file_name": str, "segments_info": list},
     "segment": {"id": range(1, 2**24), "category_id": int, "iscrowd": (0, 1, None)}}
 
-def number(value):  # of a JSON that may have "17" for 17; what is no number stays
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
 def index_entries(kind, entries, fields):
-    """{key: entry}. UserError where a field does not fit or a key is there twice."""
+    """{key: entry}; UserError where a field does not fit or a key is there twice."""
     key, index = next(iter(fields)), {}
     for entry in entries:
         for name, allowed in fields.items():
-            value = entry.get(name) if allowed is str else number(entry.get(name))
-            limited = isinstance(allowed, (range, tuple, set))
-            if not (value in allowed if limited else isinstance(value, allowed)):
-                raise UserError(f"{kind}: {name} is {value!r}, expected {allowed}")
-            entry[name] = value
+            value, is_type = entry.get(name), isinstance(allowed, (type, UnionType))
+            fits = isinstance(value, allowed) if is_type else value in allowed
+            require(fits, f"{kind}: {name} is {value!r}, expected {allowed}")
         require(entry[key] not in index, f"{kind}: {key} {entry[key]!r} twice, expected once")
         index[entry[key]] = entry
     return index
 
-def read_coco(path, categories=None, any_category=False):
+def read_coco(path, category_ids=None):
     """A COCO JSON -> its categories, images, annotations, each {id: entry}, checked. Instances
-    become segments 1, 2, ... of an annotation with "file_name" "". categories: those of
-    segments (default: the file's), unless any_category."""
+    become segments 1, 2, ... of an annotation with "file_name" "". category_ids of segments:
+    int or a set, by default the file's."""
     with reading(path, "annotation file"):
-        data = json.loads(text := Path(path).read_text("utf-8-sig"))
-        if re.search(r"\\ud", text, re.I):  # half a character cannot be printed: an error
-            json.dumps(data, ensure_ascii=False).encode()
+        data = json.loads(Path(path).read_text("utf-8-sig"))
         annotations, listed = data.get("annotations", ()), data.get("categories", ())
         if not any("segments_info" in a for a in annotations):
             groups = defaultdict(list)
             for a in annotations:
-                group = groups[number(a["image_id"])]
+                group = groups[a["image_id"]]
                 group.append(a | {"id": len(group) + 1})
             annotations = [{"image_id": id, "file_name": "", "segments_info": group}
                            for id, group in groups.items()]
             listed = [{"isthing": 1} | c for c in listed]
-        categories = categories or index_entries("category", listed, FIELDS["category"])
+        categories = {} if category_ids else index_entries("category", listed, FIELDS["category"])
         images = index_entries("image", data.get("images", ()), FIELDS["image"])
         annotations = index_entries("annotation", annotations, FIELDS["annotation"])
-        fields = FIELDS["segment"] | {"category_id": int if any_category else set(categories)}
+        fields = FIELDS["segment"] | {"category_id": category_ids or set(categories)}
         for id, annotation in annotations.items():
             index_entries(f"image {id}: segment", annotation["segments_info"], fields)
 
@@ -1517,12 +1511,12 @@ def read_coco(path, categories=None, any_category=False):
             name = entry["file_name"].replace("\\", "/")
             leaves = name.startswith("/") or ".." in name.split("/")
             entry["file_name"] = os.path.basename(name) if leaves else name
-            os.fsencode(name)  # or an error
+        json.dumps([listed, images], ensure_ascii=False).encode()  # half a character: an error
     return categories, images, annotations
 
 class PanopticDataset(Dataset):
-    """COCO annotations and images; items as in ShapeScenes, hidden instances left out. PNGs
-    are in the folder json_path without ".json", depth in image_dir + "_depth"."""
+    """COCO annotations and images; items as in ShapeScenes. PNGs are in the folder json_path
+    without ".json", depth in image_dir + "_depth"."""
 
     def __init__(self, json_path, image_dir, depth=False):
         self.json_path, self.image_dir, self.depth = Path(json_path), Path(image_dir), depth
@@ -1548,7 +1542,7 @@ class PanopticDataset(Dataset):
         if not (self.image_dir / name).is_file():
             paths = self.paths[os.path.basename(name).replace("_gtFine", "")]  # Cityscapes
             require(len(paths) == 1, f"{self.image_dir / name}: no such image, its name is "
-                    f"{len(paths)} times below {self.image_dir}: {paths}; --images names a folder")
+                    f"{len(paths)} times below {self.image_dir}: {paths}")
             name = paths[0]
         image = read_image(self.image_dir / name)
         size = image.shape[:2]
@@ -1557,12 +1551,12 @@ class PanopticDataset(Dataset):
         if mask_name:
             place = self.json_path.with_suffix("") / mask_name
             ids = rgb2id(read_image(place, exact=True))
+            listed = ids.shape
         else:
-            listed = info.get("height", size[0]), info.get("width", size[1])
-            require(listed == size, f"{place}: {listed} pixels, expected {size}")
             with reading(place, "annotation"):
                 ids = draw_instances(segments, size)
-        require(ids.shape == size, f"{place}: {ids.shape} pixels, expected {size}")
+            listed = info.get("height", size[0]), info.get("width", size[1])
+        require(listed == size, f"{place}: {listed} pixels, expected {size}")
         flat = ids.ravel()
         found = set(np.unique(flat[starts_of_runs(flat)]).tolist()) - {VOID}
 
@@ -1578,18 +1572,17 @@ class PanopticDataset(Dataset):
         return record
 
 def open_dataset(data, split, images, size, kind, depth=False):
-    """The data set of --data, --split and --images: "shapes" at `size` pixels, a folder as COCO
-    and tools that export its JSON leave it, or such a JSON ("{split}" in both paths is the
-    split). split None: the only one that starts with `kind`, "train" or "val", or is alone."""
+    """The data set of --data, --split and --images: "shapes" at `size` pixels, a folder with
+    COCO JSONs, or a JSON, with {split} in its path for each. split None: the only one that
+    starts with `kind`, "train" or "val", or is alone."""
     path, flag = Path(data), "--train-split" if kind == "train" else "--split"
     if data == "shapes":
         return ShapeScenes(split or kind, size)
     if path.suffix == ".json":
-        require(not split or "{split}" in data, f"--data {data}: a JSON, expected {flag} only "
-                "with {split} in its path")
-        data, images = (name.replace("{split}", split or kind)
-                        for name in (data, images or str(path.parent)))
-        return PanopticDataset(data, images, depth)
+        require(not split or "{split}" in data,
+                f"--data {data}: a JSON, expected {flag} only with {{split}} in its path")
+        paths = data, images or str(path.parent)
+        return PanopticDataset(*(p.replace("{split}", split or kind) for p in paths), depth)
 
     # COCO and CVAT; Roboflow; labelme, Label Studio
     require(path.is_dir(), f"--data {data}: no such folder, and no JSON")
@@ -1599,11 +1592,10 @@ def open_dataset(data, split, images, size, kind, depth=False):
             break
     file_of = {f.parent.name if f.stem == "_annotations.coco" else
                f.stem.removeprefix("panoptic_").removeprefix("instances_"): f for f in files}
-    alone = len(file_of) == 1 and not split
-    found = [n for n in file_of if alone or (n == split if split else n.startswith(kind))]
+    found = [name for name in file_of if name == split or not split and (
+        name.startswith(kind) or len(file_of) == 1)]
     require(len(found) == 1, f"--data {data}: {flag} {split or 'not given'}, expected one of "
-            f"{list(file_of)}, from annotations/panoptic_*.json, instances_*.json or a COCO "
-            "JSON in it; or --data a JSON, and --images")
+            f"{list(file_of)}, its COCO JSONs; or --data a JSON, and --images")
     folders = [path / found[0], path / "images" / found[0],
                *sorted(path.glob(f"{found[0]}[!_]*")), path / "images", path]
     folder = next(f for f in folders if f.is_dir())
@@ -1614,8 +1606,8 @@ def open_dataset(data, split, images, size, kind, depth=False):
 def relative_depth(depth):
     """float (H, W), NaN = invalid -> [-1, 1], its 2nd and 98th percentiles the ends."""
     valid = depth[np.isfinite(depth)]
-    require(len(np.unique(valid)) > 1, f"depth has one value or none at {valid.size} "
-            "valid pixels, expected several")
+    require(len(np.unique(valid)) > 1,
+            f"depth has one value or none at {valid.size} valid pixels, expected several")
     low, high = np.percentile(valid, (2, 98))
     if low == high:
         low, high = valid.min(), valid.max()
@@ -1671,30 +1663,26 @@ class TrainingStream(Dataset):
         require(not config.previous or all(isinstance(d, ShapeScenes) for d in datasets),
                 "--set previous: only --data shapes has frames before")
 
-    def record(self, turn, index):  # with config.previous, also the ids of the frame before
-        dataset = self.datasets[turn]
-        if not self.config.previous:
-            return dataset[index]
-        return dataset[index] | {"previous": dataset.frame(index, -1)["ids"]}
+    @lru_cache(maxsize=8)
+    def order(self, turn, epoch):
+        rng = random_generator(self.seed, "order", f"{turn} {epoch}")
+        return rng.permutation(len(self.datasets[turn])).tolist()
 
-    def first_prepared(self, turn, order, place, rng, task):
-        """The sample of the first record that can be read, in the data set's order from place."""
-        for step in range(len(order)):
-            index = int(order[(place + step) % len(order)])
+    def first_prepared(self, turn, indices, rng, task):
+        """The sample of the first of these records that can be read."""
+        for index in indices:
             try:
-                return prepare(self.record(turn, index), self.config, rng, True, task)
+                record = self.datasets[turn][index]
+                if self.config.previous:
+                    record["previous"] = self.datasets[turn].frame(index, -1)["ids"]
+                return prepare(record, self.config, rng, True, task)
             except (UserError, FileNotFoundError) as error:
                 if self.on_bad_sample == "error":
                     raise
                 if (turn, index) not in self.bad:
                     self.bad.add((turn, index))
                     print(f"skipped, number {len(self.bad)}: {error}", file=sys.stderr)
-        raise UserError(f"none of {len(order)} samples can be read, expected one")
-
-    @lru_cache(maxsize=8)
-    def order(self, turn, epoch):
-        rng = random_generator(self.seed, "order", f"{turn} {epoch}")
-        return rng.permutation(len(self.datasets[turn]))
+        raise UserError("none of the samples can be read, expected one")
 
     def __getitem__(self, position):
         # whose turn is it, and which record first?
@@ -1702,11 +1690,12 @@ class TrainingStream(Dataset):
         number, turn = divmod(position, len(self.datasets))
         epoch, place = divmod(number, len(self.datasets[turn]))
         order = self.order(turn, epoch)
+        indices = (order[(place + i) % len(order)] for i in range(len(order)))
 
         # the sample of a random task
         tasks = config.trained_tasks
         task = int(generator("task").integers(len(tasks)))
-        sample = self.first_prepared(turn, order, place, generator("sample"), tasks[task])
+        sample = self.first_prepared(turn, indices, generator("sample"), tasks[task])
         sample |= {"position": position} | ({"task": task} if config.tasks else {})
 
         # blocks of the mask are given, in a share of the samples

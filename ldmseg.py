@@ -1789,8 +1789,9 @@ def training_command(description, stage, model_flags):
     lines = ["fields of --set, with the values of --preset tiny, and what is allowed:"]
     for name, f in stage_fields(stage).items():
         value = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        between, allowed = ", " if f.type is str else " to ", f.metadata["allowed"] or ["any"]
-        allowed = between.join(a if isinstance(a, str) else f"{a:g}" for a in allowed)
+        allowed = f.metadata["allowed"] or "any"
+        if f.type is not str:
+            allowed = "{:g} to {:g}".format(*allowed)
         lines.append(f"  {f'{name}={value}':34} {f.metadata['help']} ({allowed})")
     data = {"--data": dict(help="shapes (generated), COCO-layout folders or COCO JSONs",
                            nargs="+", default=["shapes"]),
@@ -1830,8 +1831,7 @@ def run_script(main):
     """Call main(): a user's mistake becomes one line and exit code 2, Ctrl-C 130."""
     try:
         main()
-    except (UserError, FileNotFoundError, PermissionError, IsADirectoryError,
-            NotADirectoryError, FileExistsError) as error:
+    except (UserError, FileNotFoundError) as error:
         message = str(error).strip().splitlines()[-1]  # after a loader's traceback
         print(message.rpartition(f"{type(error).__name__}: ")[2], file=sys.stderr)
         sys.exit(2)
@@ -1857,12 +1857,7 @@ def setup_distributed(device=None, amp=None):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
-        store, rank, world = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # the nodes of several may count otherwise
-            # torchrun keeps its store over --max-restarts; addresses there are of dead processes
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
-                                world_size=world)
+        dist.init_process_group("nccl" if on_gpu else "gloo")
         atexit.register(dist.destroy_process_group)
     return device, partial(torch.autocast, device.type, AMP[amp], enabled=amp != "off")
 
@@ -1883,16 +1878,18 @@ def training_steps(start, stop, description):
     """Yields (step, caught): the first Ctrl-C or SIGTERM only joins the list `caught`, so
     that no step is cut in two; the next one does what it always does."""
     caught, launcher = [], os.getppid()
-    with ExitStack() as handlers:
-        def catch(number, _):
-            caught.append(number)
-            handlers.close()  # back to those from before
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers.callback(signal.signal, number, signal.signal(number, catch))
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(number, before[number])
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
         for step in progress(range(start, stop), description, total=stop, initial=start):
             if "RANK" in os.environ and os.getppid() != launcher:
                 caught.append("torchrun, which was killed")
             yield step, caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if caught:
         raise KeyboardInterrupt("after the last step")
 
@@ -1914,9 +1911,10 @@ def learning_rate(step, steps, peak, config):
     """Linear warm-up to `peak`, then constant or a cosine down to 1e-6."""
     if step < config.warmup:
         return peak * (step + 1) / config.warmup
+    if config.lr_schedule == "constant":
+        return peak
     done = (step - config.warmup) / max(1, steps - config.warmup)
-    cosine = 1e-6 + 0.5 * (peak - 1e-6) * (1 + math.cos(math.pi * done))
-    return peak if config.lr_schedule == "constant" else cosine
+    return 1e-6 + 0.5 * (peak - 1e-6) * (1 + math.cos(math.pi * done))
 
 def make_ema(model, decay):
     """Exponential moving average of the weights (Table S3). NOTE: paper: decay 0.999; here
@@ -1930,14 +1928,15 @@ def make_ema(model, decay):
             average.data = weight.data  # one copy is enough of what is not averaged
     return ema
 
-def training_state(model, lr, config, amp, device):  # all that a run needs to go on
+def training_state(model, lr, config, amp, device):
+    """All that a run needs to go on."""
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     return {"model": model, "ema": make_ema(model, config.ema),
             "optimizer": make_optimizer(model, lr, config), "scaler": scaler}
 
 def update_weights(state, lr, max_norm):
-    """An optimizer step of `state` ("model", "optimizer", "scaler", "ema") and its averages.
-    Returns False where the gradients were not finite, on any rank, and nothing was changed."""
+    """An optimizer step of `training_state` and its averages. Returns False where gradients
+    were not finite, on any rank, and nothing was changed."""
     optimizer, scaler = state["optimizer"], state["scaler"]
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1957,12 +1956,10 @@ def means(batches):
     how many, if any, were not."""
     batches = default_collate(batches)
     finite = batches["loss"].isfinite()
-    count = sum_over_ranks(finite.sum())
-    result = {name: (sum_over_ranks(values[finite].sum()) / count).item()
-              for name, values in batches.items()}
-    result["skipped"] = sum_over_ranks((~finite).sum()).item()
-    return {name: value for name, value in result.items()
-            if math.isfinite(value) and (name != "skipped" or value)}
+    count, skipped = sum_over_ranks(finite.sum()), sum_over_ranks((~finite).sum()).item()
+    result = {k: (sum_over_ranks(v[finite].sum()) / count).item() for k, v in batches.items()}
+    result = {k: v for k, v in result.items() if math.isfinite(v)}
+    return result | ({"skipped": skipped} if skipped else {})
 
 # ---- 16. Run folders and weights -------------------------------------------------------
 
@@ -2028,53 +2025,42 @@ def save_run(out, step, config, settings, state):
     """Write a run folder, to use (the averages) and to resume. All ranks call it."""
     if hasattr(state["optimizer"], "consolidate_state_dict"):  # ZeRO
         state["optimizer"].consolidate_state_dict()
-    if is_main():
-        for weights in (*state["model"].parameters(), *state["ema"].parameters()):
-            require(weights.isfinite().all(), f"not finite at step {step}: {DIVERGED}")
-        if step:  # before the first one there is nothing to use
-            save_weights(f"{out}/model.safetensors", state["ema"].module, config,
-                         f"{step} steps on {' '.join(settings['data'])}")
-            write_json(f"{out}/config.json", asdict(config))
-        content = {name: part.state_dict() for name, part in state.items()}
-        latest = Path(out, "checkpoint.pt")  # written last: it vouches for all
-        with replacing(latest) as temporary:
-            with open(temporary, "wb") as file:
-                torch.save(content | {"step": step, "settings": settings}, file)
-            if latest.exists():
-                latest.replace(Path(out, "checkpoint.previous.pt"))
-
-def load_checkpoint(out):
-    """The latest checkpoint of a run folder, of the two that are kept; None where none is. One
-    that is damaged is said, and the one before is taken."""
-    paths = [Path(out, name) for name in ("checkpoint.pt", "checkpoint.previous.pt")]
-    paths = [path for path in paths if path.exists()]
-    for path in paths:
-        try:
-            with reading(path, "checkpoint; --fresh starts over"), ZipFile(path) as file:
-                require(file.testzip() is None, "damaged; --fresh starts over")
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except UserError as error:
-            if path == paths[-1]:
-                raise
-            print(f"{error}; the one before is taken", file=sys.stderr)
+    if not is_main():
+        return
+    for weights in (*state["model"].parameters(), *state["ema"].parameters()):
+        require(weights.isfinite().all(), f"not finite at step {step}: {DIVERGED}")
+    if step:  # before the first one there is nothing to use
+        save_weights(f"{out}/model.safetensors", state["ema"].module, config,
+                     f"{step} steps on {' '.join(settings['data'])}")
+        write_json(f"{out}/config.json", asdict(config))
+    content = {name: part.state_dict() for name, part in state.items()}
+    # written last: it vouches for all
+    with replacing(f"{out}/checkpoint.pt") as temporary, open(temporary, "wb") as file:
+        torch.save(content | {"step": step, "settings": settings}, file)
+        file.flush()
+        os.fsync(file.fileno())  # before it replaces the one before
 
 def resume_run(args, config, state, steps):
     """Load checkpoint.pt, unless --fresh, into `state`, {name: module, ...}. Returns its step,
     or 0, and the settings that a resumed run must share."""
     settings = {k: v for k, v in (vars(args) | asdict(config)).items() if k not in FREE}
-    checkpoint = None if args.fresh else load_checkpoint(args.out)
-    anywhere = any_rank(checkpoint, next(state["model"].parameters()).device)
-    require(bool(checkpoint) == anywhere,
-            f"{args.out}: only some processes see its checkpoint")
-    if not checkpoint:
+    path, stored = Path(args.out, "checkpoint.pt"), {}
+    if path.exists() and not args.fresh:
+        with reading(path, "checkpoint; --fresh starts over"), ZipFile(path) as file:
+            require(file.testzip() is None, "damaged; --fresh starts over")
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    anywhere = any_rank(stored, next(state["model"].parameters()).device)
+    require(bool(stored) == anywhere, f"{args.out}: only some processes see its checkpoint")
+    if not stored:
         return 0, settings
-    stored, step = checkpoint["settings"], checkpoint["step"]
     for name, ours in sorted(settings.items()):
-        require(ours == stored.get(name), f"{args.out}: its run has {name} {stored.get(name)}, "
-                f"this command {ours}; use the same, another --out, or --fresh")
+        theirs = stored["settings"].get(name)
+        require(ours == theirs, f"{args.out}: its run has {name} {theirs}, this command {ours}; "
+                "use the same, another --out, or --fresh")
     for name, part in state.items():
-        if checkpoint[name]:  # a scaler that was off has no state
-            part.load_state_dict(checkpoint[name])
+        if stored[name]:  # a scaler that was off has no state
+            part.load_state_dict(stored[name])
+    step = stored["step"]
     if is_main():
         print(f"{args.out}: finished at step {step}; --fresh starts over" if step >= steps else
               f"{args.out}: resuming from step {step}")
@@ -2084,63 +2070,53 @@ def open_log(args, device):
     """log.jsonl of the run folder, on rank 0, which locks the folder while it is open; --fresh
     starts over. UserError where another process trains, or would replace a run."""
     import fcntl  # not on Windows
-    log, problem = None, ""
+    log, problem, out = None, "", Path(args.out)
+    weights, checkpoint = out / "model.safetensors", out / "checkpoint.pt"
     if is_main():
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        log = open(f"{args.out}/log.jsonl", "a")
-        full = log.tell() or Path(args.out, "model.safetensors").exists()
-        if full and not args.fresh and not [*Path(args.out).glob("checkpoint*.pt")]:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            log = open(out / "log.jsonl", "a")
+        if (log.tell() or weights.exists()) and not (checkpoint.exists() or args.fresh):
             problem = "has a run without checkpoint.pt; use another --out, or --fresh"
         try:
             fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             problem = "another process trains in this folder"
-    require(not any_rank(problem, device), f"{args.out}: {problem or 'refused by rank 0'}")
+    require(not any_rank(problem, device), f"{out}: {problem or 'refused by rank 0'}")
     if is_main() and args.fresh:
         log.truncate(0)
-        for old in (*Path(args.out).glob("checkpoint*.pt"), Path(args.out, "model.safetensors")):
-            old.unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
     return log
 
 class LatentCache:
-    """Latents of a frozen image encoder, float16, of the images that it has seen, which a hash
-    tells apart: in memory, where place is "ram", or in a folder, one for each encoder."""
+    """Latents of a frozen image encoder in a folder, float16, one for each encoder; a hash
+    tells images apart."""
 
-    def __init__(self, model, place):
-        encoder, self.model, self.latents = model.image_encoder, model, {}
+    def __init__(self, model, folder):
+        encoder, self.model = model.image_encoder, model
         frozen = not any(p.requires_grad for p in encoder.parameters())
         require(frozen, "--cache-latents: expected --image-encoder sd or dinov2, all frozen")
-        tensors = {name: t.cpu().contiguous() for name, t in encoder.state_dict().items()}
         about = model.config.space, model.config.image_scale or encoder.scale
-        number = checksum(about, tensors)
-        self.folder = Path(place, f"{number:08x}") if place != "ram" else None
+        tensors = {name: t.cpu().contiguous() for name, t in encoder.state_dict().items()}
+        self.folder = Path(folder, f"{checksum(about, tensors):08x}")
 
     def __call__(self, images):
         """Images (B, 3, H, W) -> z_image (B, C, h, w) as `LDMSeg.encode_image`, on the CPU."""
-        keys = [hashlib.blake2b(image.numpy(), digest_size=16).hexdigest() for image in images]
-        found = [self.load(key) for key in keys]
-        missing = [i for i, z in enumerate(found) if z is None]
+        paths = [self.folder / f"{hashlib.blake2b(image.numpy(), digest_size=16).hexdigest()}.npy"
+                 for image in images]
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
         if missing:
             with torch.no_grad():
                 encoded = self.model.encode_image(images[missing].to(self.model.device))
             for i, z in zip(missing, encoded.half().cpu().numpy()):
-                self.store(keys[i], z)
-                found[i] = z
+                with replacing(paths[i]) as temporary, open(temporary, "wb") as file:
+                    np.save(file, z)
+        found = []
+        for path in paths:
+            with reading(path, "array; delete this file"):
+                found.append(np.load(path))
         return torch.from_numpy(np.stack(found)).float()
-
-    def load(self, key):
-        if not self.folder:
-            return self.latents.get(key)
-        path = self.folder / f"{key}.npy"
-        with reading(path, "array; delete this file"):
-            return np.load(path) if path.exists() else None
-
-    def store(self, key, z):
-        if not self.folder:
-            self.latents[key] = z
-            return
-        with replacing(self.folder / f"{key}.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, z)
 
 def convert_official(content, unet_config=None):
     """Config and tensors, in our names, of the authors' {part: {key: tensor}}: "vae", or
@@ -2214,12 +2190,10 @@ def start_script(args, kind=nn.Module, scenes=True):
     """The model of --weights, by default a shipped one, its device, and what makes an autocast
     context. Says which weights. scenes: generated ones are the default, not photographs."""
     device, autocast = setup_distributed(args.device, args.amp)
-    path = Path(args.weights or SHIPPED["tiny" if scenes else "photos"])
-    model, log = load_model(path, device, kind), path / "log.jsonl"
+    path = args.weights or str(SHIPPED["tiny" if scenes else "photos"])
+    model = load_model(path, device, kind)
     if is_main():
-        lines = log.read_text().splitlines() if log.exists() else []
-        scored = [line for line in lines if "pq" in line or "abs_rel" in line]
-        print(f"weights: {path}: {model.facts}", *scored[-1:])
+        print(f"weights: {path}: {model.facts}")
     return model, device, autocast
 
 # ---- 17. Evaluation: data set -> predict -> segments -> metric -------------------------

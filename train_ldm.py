@@ -37,7 +37,7 @@ def parse(argv):
         "--image-encoder": dict(choices=IMAGE_ENCODERS, help="patch: trained; frozen: sd, dinov2, "
                                 "lite0 (default: preset paper sd, else patch)"),
         "--cache-latents": dict(metavar="DIR", help="keep those of images, of the encoders sd "
-                                "and dinov2, in this folder, or ram")}).parse_args(argv)
+                                "and dinov2, in this folder")}).parse_args(argv)
     args.sd = args.sd or ("CompVis/stable-diffusion-v1-4" if args.preset == "paper" else "none")
     return args
 

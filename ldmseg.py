@@ -31,13 +31,12 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import struct
 import sys
 import zlib
 from collections import OrderedDict, defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from glob import iglob
@@ -2217,9 +2216,9 @@ def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None, b
 def evaluate(predict, tasks, dataset, config, device, pictures=0, **options):
     """{task: metric's result} over a data set, untouched, and all ranks; (record, {task: map})
     of the first `pictures` images. predict: a batch -> {task: outputs (B, ...)}."""
-    metrics = {task: DepthQuality() if task == "depth" else
-               PanopticQuality(dataset.categories, task == "instance") for task in tasks}
-    shown = []
+    shown, metrics = [], {task: DepthQuality() if task == "depth" else
+                          PanopticQuality(dataset.categories, task == "instance")
+                          for task in tasks}
     for records, batch in evaluation_batches(dataset, config, device, **options):
         outputs = predict(batch)
         for i, record in enumerate(records):
@@ -2250,8 +2249,10 @@ def align_ids(ids, truth):
                 renamed[ours] = id
     return renamed
 
-PALETTE = np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + 0.25 * (i % 3),
-                                        0.95 - 0.3 * (i % 2)) for i in range(1, 256)])
+# uint8 (255, 3): neighbours differ in hue and brightness
+PALETTE = (255 * np.array([
+    colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + 0.25 * (i % 3), 0.95 - 0.3 * (i % 2))
+    for i in range(1, 256)])).astype(np.uint8)
 
 def colorize(drawn, truth=None, image=None):
     """Map (H, W) -> uint8 (H, W, 3). Ids: a colour each, of the segment of `truth` it matches,
@@ -2261,13 +2262,14 @@ def colorize(drawn, truth=None, image=None):
         near = (high - drawn[..., None]) / max(high - low, 1e-9)
         return np.nan_to_num(near * (215, 190, 60) + (40, 30, 90)).astype(np.uint8)
     ids = drawn if truth is None else align_ids(drawn, truth)
-    picture, stripe = np.empty((*ids.shape, 3), np.uint8), max(2, len(ids) // 32)
-    for y, row in enumerate(ids):  # row by row, or a photograph's would take gigabytes
-        grey = 0.2 + 0.15 * ((y + np.arange(len(row))) // stripe % 2)
-        rgb = np.where(row[:, None] == VOID, grey[:, None], PALETTE[(row - 1) % 255])
-        if image is not None:
-            over = np.where(row[:, None] == VOID, 1, 0.45)
-        picture[y] = 255 * rgb if image is None else over * image[y] + (1 - over) * 255 * rgb
+    picture, stripe = PALETTE[(ids - 1) % 255], max(2, len(ids) // 32)
+    for y, row in enumerate(picture):  # row by row, or a photograph's would take gigabytes
+        void = ids[y] == VOID
+        if image is None:
+            row[void] = 51 + 38 * ((y + np.flatnonzero(void)) // stripe % 2)[:, None]
+        else:
+            row[~void] = 0.45 * image[y, ~void] + 0.55 * row[~void]
+            row[void] = image[y, void]
     return picture
 
 def save_grid(path, titles, rows, width=192):
@@ -2284,10 +2286,11 @@ def save_grid(path, titles, rows, width=192):
 
 def keep_inputs(out, *folders):
     """UserError where results in --out would be written among the inputs in these folders."""
-    for result in (Path(out, name).resolve() for name in ("panoptic", "overlay", "depth")):
-        inside = [f for f in folders if result in (Path(f).resolve(), *Path(f).resolve().parents)]
-        require(not inside, f"--out {out}: results would replace inputs in {inside[:1]}; use "
-                "another --out")
+    results = {Path(out, name).resolve() for name in ("panoptic", "overlay", "depth")}
+    for folder in map(Path, folders):
+        above = {folder.resolve(), *folder.resolve().parents}
+        require(not results & above, f"--out {out}: results would replace inputs in {folder}; "
+                "use another --out")
 
 def write_panoptic(out, name, record, ids, segments):
     """Write panoptic/NAME.png and overlay/NAME.png -> its two entries of panoptic.json."""

@@ -1145,28 +1145,27 @@ class Pix2SeqD(LDMSeg):
 # ---- 10. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ----------------------
 
 class PanopticQuality:
-    """Panoptic Quality, mIoU over images. categories: COCO's; class_agnostic: one for all."""
+    """Panoptic Quality and mIoU. categories: COCO's; class_agnostic: one for all."""
 
     def __init__(self, categories, class_agnostic=False):
         self.class_agnostic = class_agnostic
         self.categories = [{"id": 1, "isthing": 1}] if class_agnostic else categories
         rows = {c["id"]: row for row, c in enumerate(self.categories)}
         self.row = defaultdict(int) if class_agnostic else rows
-        # rows: categories, ids in no list; columns, of the truth: sum of IoU, TP, FN, pixels
-        # in both, pixels, segments of another area in the JSON; predicted: FP, pixels
+        # rows: categories, ids in no list; columns: sum of IoU, TP, FN, pixels in both,
+        # pixels of the truth, its segments of another area in the JSON, FP, pixels predicted
         self.state = np.zeros((len(rows) + 1, 8))
 
     # of the truth: segments of another area, pixels of ids in no list
     mismatches = property(lambda self: (self.state[:, 5].sum(), self.state[-1, 4]))
 
-    def all_reduce(self, device):
-        """Sum the counts over all ranks."""
+    def all_reduce(self, device):  # sum over ranks
         self.state = sum_over_ranks(torch.from_numpy(self.state).to(device)).cpu().numpy()
 
     def update(self, gt_ids, gt_segments, pred_ids, pred_segments):
-        """Count an image: int ids (H, W) or COCO's colours uint8 (H, W, 3), and segments_info.
-        NOTE: the reference takes the truth's areas from the JSON; here pixels, because they
-        can differ."""
+        """Count an image: int ids (H, W) or COCO's colours uint8 (H, W, 3), segments_info.
+        NOTE: the reference takes the truth's areas from the JSON; here pixels are counted,
+        because the two can differ."""
         size, shape = gt_ids.shape[:2], pred_ids.shape
         require(shape[:2] == size, f"the prediction is {shape}, expected {size}")
         sides = (gt_ids, gt_segments), (pred_ids, pred_segments)
@@ -1192,8 +1191,8 @@ class PanopticQuality:
         gt_area, area, void = overlap[2:].sum(1), overlap[:, 2:].sum(0), overlap[1, 2:]
         unlisted = overlap[:, 0].sum()
         unseen = [s["id"] for s, pixels in zip(pred_segments, area) if not pixels]
-        require(not unlisted and not unseen, f"the prediction has {unlisted:.0f} pixels of ids "
-                f"not in its list, none of {unseen[:5]} in its list")
+        require(not unlisted and not unseen, f"the prediction has {unlisted:.0f} pixels of "
+                f"ids not in its list, none of {unseen[:5]} in its list")
 
         # overlap of segments of one category; the union leaves out the truth's VOID
         both = overlap[2:, 2:] * (gt[:, None] == pred)
@@ -1216,8 +1215,8 @@ class PanopticQuality:
         self.state[-1, 4] += overlap[0].sum()
 
     def compute(self):
-        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, ...}: means over n classes that
-        occur; "miou" and "pixel_accuracy": of pixels that are not VOID in the truth."""
+        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, ...}: means over the n classes
+        that occur; "miou", "pixel_accuracy": of pixels that are not VOID in the truth."""
         iou, tp, fn, both, truth, _, fp, predicted = self.state[:-1].T
         weight = tp + 0.5 * fp + 0.5 * fn
         scores = {"pq": iou / weight.clip(min=0.5), "sq": iou / tp.clip(min=1),
@@ -1306,18 +1305,17 @@ class ShapeScenes(Dataset):
         """The item of scene `number`, `time` frames later (int): its things move."""
         seed = list(self.LENGTH).index(self.split)
         rng, motion = (random_generator(seed, p, number) for p in ("scene", "motion"))
-        shift = time * motion.uniform(-0.035, 0.035, (6, 2))  # of each thing, to the right, down
+        shift = time * motion.uniform(-0.035, 0.035, (6, 2))  # of things, to the right, down
         layers = [*self.regions(rng), *self.things(rng, shift)]
 
         # paint from far to near, each layer with a contact shadow
         ids, depth = np.zeros(self.x.shape, np.int64), np.zeros_like(self.x)
         image = np.zeros((*self.x.shape, 3), np.float32)
-        for id, (_, outline, colour, distance) in enumerate(layers, start=1):
+        for id, (_, outline, colour, distance) in enumerate(layers, 1):
             inside = outline < 1
             image[outline < 1.3] *= np.float32(0.72)
-            image[inside] = colour[inside]
+            image[inside], ids[inside] = colour[inside], id
             np.copyto(depth, distance, where=inside)
-            ids[inside] = id
 
         # haze, contrast, noise
         haze = (0.55 * depth**1.5)[..., None]
@@ -1328,12 +1326,11 @@ class ShapeScenes(Dataset):
         # blobs, and the little that is left of hidden things, are VOID
         large = np.bincount(ids.ravel(), minlength=len(layers) + 1) >= 0.02 * ids.size
         segments = [{"id": id, "category_id": 1 + NAMES.index(name)}
-                    for id, (name, *_) in enumerate(layers, start=1)
-                    if large[id] and name != "blob"]
+                    for id, (name, *_) in enumerate(layers, 1) if large[id] and name != "blob"]
         ids[~np.isin(ids, [s["id"] for s in segments])] = VOID
-        return {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids, "depth": depth,
-                "segments": segments, "image_id": number,
-                "file_name": f"{self.split}{number:06d}.png"}
+        image = (image.clip(0, 1) * 255).astype(np.uint8)
+        return {"image": image, "ids": ids, "depth": depth, "segments": segments,
+                "image_id": number, "file_name": f"{self.split}{number:06d}.png"}
 
     def regions(self, rng):
         """One to three, far to near: name, outline (H, W), colour (H, W, 3), distance."""
@@ -1383,12 +1380,11 @@ class ShapeScenes(Dataset):
 
 def rgb2id(rgb):
     """COCO panoptic colours uint8 (..., 3) -> int32 ids (...): R + 256 G + 65536 B."""
-    return (rgb.astype(np.float32) @ np.float32([1, 256, 65536])).astype(np.int32)  # exact, fast
+    return (rgb.astype(np.float32) @ np.float32([1, 256, 65536])).astype(np.int32)  # exact
 
 def id2rgb(ids):
     """Inverse of rgb2id: int ids (...) in [0, 2^24 - 1] -> uint8 (..., 3)."""
-    low_to_high = np.asarray(ids).astype("<u4")[..., None].view(np.uint8)  # bytes, (..., 4)
-    return low_to_high[..., :3]
+    return np.asarray(ids).astype("<u4")[..., None].view(np.uint8)[..., :3]  # low bytes first
 
 def write_png(path, array):
     with replacing(path) as temporary:
@@ -1409,9 +1405,9 @@ def reading(place, what):
         raise UserError(f"{place}: {message}") from None
 
 def read_image(path, exact=False):
-    """Image file -> uint8 (H, W, 3), turned as its EXIF tag says. Grey of over 8 bits is scaled;
-    white is the first of 1, 255, 4095, 65535 and its highest value that is not below that.
-    exact: of a mask, which must be a PNG of 8 bits."""
+    """Image file -> uint8 (H, W, 3), turned as its EXIF tag says. exact: of a mask, which must
+    be a PNG of 8 bits. Grey of more is scaled; white is the first of 1, 255, 4095, 65535 that
+    is not below its highest value, or that."""
     with reading(path, "image"):
         data = Path(path).read_bytes()
         if exact:
@@ -1426,7 +1422,8 @@ def read_image(path, exact=False):
             values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
             black, highest = min(values.min(), 0), values.max()
             white = next((w for w in (1, 255, 4095, 65535) if highest <= w), highest)
-            image = Image.fromarray((255 * (values - black) / (white - black)).astype(np.uint8))
+            values = 255 * (values - black) / (white - black)
+            image = Image.fromarray(values.astype(np.uint8))
         return np.asarray(image.convert("RGB"))
 
 def read_depth(path, size):
@@ -1448,19 +1445,19 @@ def draw_instances(segments, size):
     coco, masks, ids = COCO(), {}, np.zeros(size, np.int32)
     coco.imgs = {0: {"height": size[0], "width": size[1]}}
     for segment in segments:
-        shape, pixels = segment.get("segmentation"), f"expected the {size} pixels of its image"
+        shape, whole = segment.get("segmentation"), f"expected the {size} pixels of its image"
         with reading(f"segmentation {str(shape)[:60]}", "polygon [[x, y, ...]] or RLE"):
             require(shape, "a box without an outline, expected polygons or RLE")
             for xy in shape if isinstance(shape, list) else ():  # infinity would hang
                 fits = len(xy) >= 6 and np.abs(np.reshape(xy, (-1, 2))).max() < 1e6
                 require(fits, "expected three or more pairs x, y")
-            if isinstance(shape, dict):  # of another size it crashes, of another sum it shifts
+            if isinstance(shape, dict):  # another size crashes, another sum shifts
                 counts = shape["counts"]
-                whole = isinstance(counts, str) or sum(counts) == math.prod(size)
-                require(whole and (*shape["size"],) == size, pixels)
+                fits = isinstance(counts, str) or sum(counts) == math.prod(size)
+                require(fits and (*shape["size"],) == size, whole)
             rle = coco.annToRLE({"image_id": 0, "segmentation": shape})
             mask = masks[segment["id"]] = decode(rle) > 0  # undefined after the last run
-            require(mask.sum() == area(rle), pixels)
+            require(mask.sum() == area(rle), whole)
     for id in sorted(masks, key=lambda id: -masks[id].sum()):
         ids[masks[id]] = id
     return ids
@@ -1479,14 +1476,15 @@ def index_entries(kind, entries, fields):
             value, is_type = entry.get(name), isinstance(allowed, (type, UnionType))
             fits = isinstance(value, allowed) if is_type else value in allowed
             require(fits, f"{kind}: {name} is {value!r}, expected {allowed}")
-        require(entry[key] not in index, f"{kind}: {key} {entry[key]!r} twice, expected once")
-        index[entry[key]] = entry
+        id = entry[key]
+        require(id not in index, f"{kind}: {key} {id!r} twice, expected once")
+        index[id] = entry
     return index
 
 def read_coco(path, category_ids=None):
-    """A COCO JSON -> its categories, images, annotations, each {id: entry}, checked. Instances
-    become segments 1, 2, ... of an annotation with "file_name" "". category_ids of segments:
-    int or a set, by default the file's."""
+    """A COCO JSON -> its categories, images, annotations, each {id: entry}, checked.
+    Instances become segments 1, 2, ... of an annotation with "file_name" "". category_ids:
+    of segments, int or a set, by default the file's."""
     with reading(path, "annotation file"):
         data = json.loads(Path(path).read_text("utf-8-sig"))
         annotations, listed = data.get("annotations", ()), data.get("categories", ())
@@ -1498,9 +1496,10 @@ def read_coco(path, category_ids=None):
             annotations = [{"image_id": id, "file_name": "", "segments_info": group}
                            for id, group in groups.items()]
             listed = [{"isthing": 1} | c for c in listed]
-        categories = {} if category_ids else index_entries("category", listed, FIELDS["category"])
         images = index_entries("image", data.get("images", ()), FIELDS["image"])
         annotations = index_entries("annotation", annotations, FIELDS["annotation"])
+        listed = () if category_ids else listed
+        categories = index_entries("category", listed, FIELDS["category"])
         fields = FIELDS["segment"] | {"category_id": category_ids or set(categories)}
         for id, annotation in annotations.items():
             index_entries(f"image {id}: segment", annotation["segments_info"], fields)
@@ -1510,7 +1509,7 @@ def read_coco(path, category_ids=None):
             name = entry["file_name"].replace("\\", "/")
             leaves = name.startswith("/") or ".." in name.split("/")
             entry["file_name"] = os.path.basename(name) if leaves else name
-        json.dumps([listed, images], ensure_ascii=False).encode()  # half a character: an error
+        json.dumps([listed, images], ensure_ascii=False).encode()  # or an error
     return categories, images, annotations
 
 class PanopticDataset(Dataset):
@@ -1593,8 +1592,8 @@ def open_dataset(data, split, images, size, kind, depth=False):
                f.stem.removeprefix("panoptic_").removeprefix("instances_"): f for f in files}
     found = [name for name in file_of if name == split or not split and (
         name.startswith(kind) or len(file_of) == 1)]
-    require(len(found) == 1, f"--data {data}: {flag} {split or 'not given'}, expected one of "
-            f"{list(file_of)}, its COCO JSONs; or --data a JSON, and --images")
+    require(len(found) == 1, f"--data {data}: {flag} {split or 'not given'}, expected one "
+            f"of {list(file_of)}, its COCO JSONs; or --data a JSON, and --images")
     folders = [path / found[0], path / "images" / found[0],
                *sorted(path.glob(f"{found[0]}[!_]*")), path / "images", path]
     folder = next(f for f in folders if f.is_dir())
@@ -1645,14 +1644,14 @@ def prepare(record, config, rng, augment, task="instance"):
     return {name: part.flip(-1) if flip else part for name, part in sample.items()}
 
 def keep_blocks(ids, rng, block, drop_rate):
-    """bool (s, s) of a map (s, s), True = known: squares of `block` pixels, each dropped with
-    probability drop_rate (Fig. 9)."""
+    """Of a map (s, s) which pixels are known, bool: squares of `block` pixels, each dropped
+    with probability drop_rate (Fig. 9)."""
     cells = math.ceil(len(ids) / block)
     kept = rng.random((cells, cells)) >= drop_rate
     return kept.repeat(block, 0).repeat(block, 1)[: len(ids), : len(ids)]
 
 class TrainingStream(Dataset):
-    """Endless: position -> a prepared sample, its "position", "task" (a place in config.tasks)
+    """Endless: position -> a prepared sample, "position", "task" (a place in config.tasks)
     and "known" pixels, if there are any. Data sets take turns. A sample depends on seed and
     position only: a resumed run and any number of ranks see the same."""
 
@@ -1685,14 +1684,14 @@ class TrainingStream(Dataset):
 
     def __getitem__(self, position):
         # whose turn is it, and which record first?
-        config, generator = self.config, partial(random_generator, self.seed, position=position)
+        config, tasks = self.config, self.config.trained_tasks
+        generator = partial(random_generator, self.seed, position=position)
         number, turn = divmod(position, len(self.datasets))
         epoch, place = divmod(number, len(self.datasets[turn]))
         order = self.order(turn, epoch)
         indices = (order[(place + i) % len(order)] for i in range(len(order)))
 
         # the sample of a random task
-        tasks = config.trained_tasks
         task = int(generator("task").integers(len(tasks)))
         sample = self.first_prepared(turn, indices, generator("sample"), tasks[task])
         sample |= {"position": position} | ({"task": task} if config.tasks else {})
@@ -1741,23 +1740,23 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
         "--split": dict(help="to evaluate (default: the data's only val*)"),
         "--limit": dict(help="only the first N images", type=whole_number, metavar="N")},
     "model": {
-        "--weights": dict(help="run folder, file, tiny (default for scenes) or photos (others)")},
+        "--weights": dict(help="run folder, file, tiny (default for scenes) or photos")},
     "training": {
         "--train-split": dict(help="default: the data's only train*"),
         "--preset": dict(help="where the Config starts", choices=PRESETS, default="tiny"),
-        "--set": dict(help="Config fields, listed below", metavar="FIELD=VALUE", nargs="+",
-                      action="extend", default=[]),
+        "--set": dict(help="Config fields, listed below", metavar="FIELD=VALUE",
+                      nargs="+", action="extend", default=[]),
         "--accumulate": dict(help="micro-batches per step", type=whole_number, default=1),
-        "--eval-every": dict(help="steps between evaluations", type=whole_number, default=500),
-        "--on-bad-sample": dict(help="one that cannot be read stops the run, or is left out",
+        "--eval-every": dict(help="steps until evaluation", type=whole_number, default=500),
+        "--on-bad-sample": dict(help="stop at one that cannot be read, or leave it out",
                                 choices=("error", "skip"), default="error"),
-        "--fresh": dict(help="start over in an existing run folder", action="store_true")},
+        "--fresh": dict(help="start over in a run folder", action="store_true")},
     "sampling": {
-        "--steps": dict(help="of denoising (default: the weights' own)", type=whole_number),
-        "--sampler": dict(help="ddpm: with fresh noise", choices=SAMPLERS, default="ddim"),
-        "--task": dict(help="default: what the weights know", choices=("panoptic", *TASKS))},
+        "--steps": dict(help="default: the weights' own", type=whole_number),
+        "--sampler": dict(help="ddpm: fresh noise", choices=SAMPLERS, default="ddim"),
+        "--task": dict(help="default: all that they know", choices=("panoptic", *TASKS))},
     "machine": {
-        "--device": dict(help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)"),
+        "--device": dict(help="cuda, cuda:1, cpu, ... (default: cuda if there)"),
         "--amp": dict(help="default: bf16 on cuda, else off", choices=AMP),
         "--seed": dict(help="of everything random", type=from_zero, default=0),
         "--workers": dict(help="processes that load data", type=from_zero,
@@ -1765,7 +1764,7 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
 }
 
 class CommandLine(argparse.ArgumentParser):
-    """A script's flags: the groups of FLAGS that `shared` names, and `own`, in its form."""
+    """A script's flags: the groups of FLAGS that `shared` names, and `own`, like FLAGS."""
 
     def __init__(self, description, shared, own, epilog=None):
         super().__init__(description=description, epilog=epilog, allow_abbrev=False,
@@ -1773,9 +1772,8 @@ class CommandLine(argparse.ArgumentParser):
         for title, known in FLAGS.items():
             group, flags = self.add_argument_group(title), known if title in shared else {}
             for flag, options in (flags | own.get(title, {})).items():
-                if options.get("default") not in (None, []):
-                    options = options | {"help": options["help"] + " (default: %(default)s)"}
-                group.add_argument(flag, **options)
+                default = " (default: %(default)s)" if options.get("default") else ""
+                group.add_argument(flag, **options | {"help": options["help"] + default})
 
     def error(self, message):
         raise UserError(f"{message}; -h lists the flags")
@@ -1795,9 +1793,10 @@ def training_command(description, stage, model_flags):
     data = {"--data": dict(help="shapes (generated), COCO-layout folders or COCO JSONs",
                            nargs="+", default=["shapes"]),
             "--out": dict(help="run folder", default=f"runs/{stage}")}
+    names = {"--steps": f"{stage}_steps", "--batch-size": f"{stage}_batch"}
     sizes = {flag: dict(help=f"the same as --set {name}=N", metavar="N", dest="set",
                         type=f"{name}={{}}".format, action="append")
-             for flag, name in (("--steps", f"{stage}_steps"), ("--batch-size", f"{stage}_batch"))}
+             for flag, name in names.items()}
     own = {"data": data, "model": model_flags, "training": sizes}
     return CommandLine(description, "data training machine", own, "\n".join(lines))
 
@@ -1806,12 +1805,14 @@ def override(config, assignments, stage):
     known, changes = stage_fields(stage), {}
     for assignment in assignments:
         name, _, text = assignment.partition("=")
-        near = difflib.get_close_matches(name, known, 1) or ["one that -h lists"]
-        require(name in known, f"--set {name}: no field of stage {stage}, expected {near[0]}")
+        near, *_ = difflib.get_close_matches(name, known, 1) or ["one that -h lists"]
+        require(name in known, f"--set {name}: no field of stage {stage}, expected {near}")
         kind = known[name].type
         with reading(f"--set {assignment}", kind.__name__):
-            changes[name] = tuple(map(int, text.split(","))) if kind is tuple else kind(text)
-    return replace(config, **(PIXELS if changes.get("space") == "pixels" else {}) | changes)
+            value = map(int, text.split(",")) if kind is tuple else text
+            changes[name] = kind(value)
+    defaults = PIXELS if changes.get("space") == "pixels" else {}
+    return replace(config, **defaults | changes)
 
 def open_training_data(args, config):
     """The training sets of --data, and the evaluated split of the last."""
@@ -1843,7 +1844,7 @@ def run_script(main):
 DIVERGED = "stopped, the last checkpoint is kept; try a lower ae_lr or ldm_lr"
 
 def setup_distributed(device=None, amp=None):
-    """Join torchrun's process group -> device, function that makes an autocast context."""
+    """Join torchrun's process group -> device, maker of autocast contexts."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -1860,18 +1861,17 @@ def setup_distributed(device=None, amp=None):
         atexit.register(dist.destroy_process_group)
     return device, partial(torch.autocast, device.type, AMP[amp], enabled=amp != "off")
 
-def to_device(model, device):  # convolutions in channels_last are faster on GPUs, not on CPUs
+def to_device(model, device):  # on GPUs in the layout in which convolutions are faster
     on_gpu = torch.device(device).type == "cuda"
-    layout = torch.channels_last if on_gpu else torch.contiguous_format
-    return model.to(device, memory_format=layout)
+    return model.to(device, memory_format=torch.channels_last if on_gpu else None)
 
-def distribute(model):
-    """What a training loop calls: under torchrun DDP's, else the model itself."""
+def distribute(model):  # what a training loop calls: under torchrun DDP's
     options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
     return DistributedDataParallel(model, **options) if dist.is_initialized() else model
 
-def progress(iterable, description, **options):  # None: hidden where there is no terminal
-    return tqdm(iterable, description, leave=False, disable=None if is_main() else True, **options)
+def progress(iterable, description, **options):
+    hidden = None if is_main() else True  # None: where there is no terminal
+    return tqdm(iterable, description, leave=False, disable=hidden, **options)
 
 def training_steps(start, stop, description):
     """Yields (step, caught): the first Ctrl-C or SIGTERM only joins the list `caught`, so
@@ -1880,7 +1880,7 @@ def training_steps(start, stop, description):
     def catch(number, _):
         caught.append(number)
         signal.signal(number, before[number])
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         for step in progress(range(start, stop), description, total=stop, initial=start):
             if "RANK" in os.environ and os.getppid() != launcher:
@@ -1927,15 +1927,14 @@ def make_ema(model, decay):
             average.data = weight.data  # one copy is enough of what is not averaged
     return ema
 
-def training_state(model, lr, config, amp, device):
-    """All that a run needs to go on."""
+def training_state(model, lr, config, amp, device):  # all that a run needs to go on
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     return {"model": model, "ema": make_ema(model, config.ema),
             "optimizer": make_optimizer(model, lr, config), "scaler": scaler}
 
 def update_weights(state, lr, max_norm):
-    """An optimizer step of `training_state` and its averages. Returns False where gradients
-    were not finite, on any rank, and nothing was changed."""
+    """An optimizer step and that of the averages. Returns False where gradients were not
+    finite, on any rank, and nothing was changed."""
     optimizer, scaler = state["optimizer"], state["scaler"]
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1951,32 +1950,35 @@ def update_weights(state, lr, max_norm):
     return finite
 
 def means(batches):
-    """Of [{"loss": scalar, ...}, ...] over batches and ranks, of what is finite; "skipped":
-    how many, if any, were not."""
+    """Of [{"loss": scalar, ...}, ...] over batches and ranks, where the loss is finite;
+    "skipped": how many, if any, were not."""
     batches = default_collate(batches)
     finite = batches["loss"].isfinite()
-    count, skipped = sum_over_ranks(finite.sum()), sum_over_ranks((~finite).sum()).item()
-    result = {k: (sum_over_ranks(v[finite].sum()) / count).item() for k, v in batches.items()}
-    result = {k: v for k, v in result.items() if math.isfinite(v)}
+    count, skipped = sum_over_ranks(torch.stack([finite.sum(), (~finite).sum()])).tolist()
+    sums = {name: sum_over_ranks(values[finite].sum()) for name, values in batches.items()}
+    result = {name: (total / count).item() for name, total in sums.items()}
+    result = {name: value for name, value in result.items() if math.isfinite(value)}
     return result | ({"skipped": skipped} if skipped else {})
 
 # ---- 16. Run folders and weights -------------------------------------------------------
 
 SHIPPED = {name: Path(__file__).parent / "assets" / f"{name}.safetensors"
            for name in ("tiny", "photos")}  # of generated scenes; of photographs
-SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,  # of version 1,
-          "down_block_types": ["DownEncoderBlock2D"] * 4}  # without its decoder
+SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+          "down_block_types": ["DownEncoderBlock2D"] * 4}  # of version 1, without decoder
+# the authors' parts -> our prefixes; their VAE's names, also those of an old diffusers
 OFFICIAL_PARTS = {"vae": "", "vae_semseg": "autoencoder.", "unet": "unet.",
-                  "vae_image": "image_encoder.layers."}  # the authors' parts -> our prefixes
-OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1",  # and the names of an old diffusers
-                "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+                  "vae_image": "image_encoder.layers."}
+OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1", "query": "to_q", "key": "to_k",
+                "value": "to_v", "proj_attn": "to_out.0"}
 # of flags and Config, what a resumed run may change
-FREE = """accumulate amp cache_latents device eval_every fresh limit on_bad_sample out set split
-          workers ae_steps ldm_steps eval_steps sampling_power checkpointing compile zero""".split()
+FREE = """accumulate amp cache_latents device eval_every fresh limit on_bad_sample out
+          set split workers ae_steps ldm_steps eval_steps sampling_power checkpointing
+          compile zero""".split()
 
 @contextmanager
 def writing(path):
-    """Context that only writes `path`: an error there, as a full disk, is the user's."""
+    """Context that only writes `path`: an error, as a full disk, is the user's."""
     try:
         yield
     except OSError as error:
@@ -1984,7 +1986,7 @@ def writing(path):
 
 @contextmanager
 def replacing(path):
-    """Write to a temporary name, the rank's own, then rename: a file is whole or absent."""
+    """Write to a name of the rank's own, then rename: a file is whole or absent."""
     temporary = Path(path).with_name(f".{Path(path).name}.{rank_and_world()[0]}.part")
     with writing(path):
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -1999,21 +2001,20 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, indent=1))
 
 def log_line(log, **values):
-    """Append one JSON object to the file `log`, of `open_log`, and print it, on rank 0."""
+    """Append one JSON object to the file of `open_log` and print it, on rank 0."""
     if is_main():
         with writing(log.name):
             print(json.dumps(values), file=log, flush=True)
         print("  ".join(f"{k} {v:.6g}" for k, v in values.items()), flush=True)
 
-def checksum(about, tensors):
-    """Of weights: of what is said about them, a dict, and {name: tensor}."""
+def checksum(about, tensors):  # of weights {name: tensor} and what is said about them
     result = zlib.crc32(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         result = zlib.crc32(tensor.numpy(), zlib.crc32(name.encode(), result))
     return result
 
 def save_weights(path, model, config, facts="", dtype=torch.float32):
-    """Write safetensors that `load_model` reads. facts: a line about the weights to tell."""
+    """Write safetensors for `load_model`. facts: a line about the weights to tell."""
     tensors = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     about = {"model": type(model).__name__, "config": asdict(config), "facts": facts}
     about["crc32"] = checksum(about, tensors)
@@ -2040,7 +2041,7 @@ def save_run(out, step, config, settings, state):
         os.fsync(file.fileno())  # before it replaces the one before
 
 def resume_run(args, config, state, steps):
-    """Load checkpoint.pt, unless --fresh, into `state`, {name: module, ...}. Returns its step,
+    """Load checkpoint.pt, unless --fresh, into `state` of `training_state`. Returns its step,
     or 0, and the settings that a resumed run must share."""
     settings = {k: v for k, v in (vars(args) | asdict(config)).items() if k not in FREE}
     path, stored = Path(args.out, "checkpoint.pt"), {}
@@ -2049,25 +2050,25 @@ def resume_run(args, config, state, steps):
             require(file.testzip() is None, "damaged; --fresh starts over")
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     anywhere = any_rank(stored, next(state["model"].parameters()).device)
-    require(bool(stored) == anywhere, f"{args.out}: only some processes see its checkpoint")
+    require(anywhere == bool(stored), f"{path}: seen by some processes only")
     if not stored:
         return 0, settings
     for name, ours in sorted(settings.items()):
         theirs = stored["settings"].get(name)
-        require(ours == theirs, f"{args.out}: its run has {name} {theirs}, this command {ours}; "
-                "use the same, another --out, or --fresh")
+        require(ours == theirs, f"{args.out}: its run has {name} {theirs}, this command "
+                f"{ours}; use the same, another --out, or --fresh")
     for name, part in state.items():
         if stored[name]:  # a scaler that was off has no state
             part.load_state_dict(stored[name])
     step = stored["step"]
+    about = "resuming from step {}" if step < steps else "finished at step {}; --fresh starts over"
     if is_main():
-        print(f"{args.out}: finished at step {step}; --fresh starts over" if step >= steps else
-              f"{args.out}: resuming from step {step}")
+        print(f"{args.out}: {about.format(step)}")
     return step, settings
 
 def open_log(args, device):
-    """log.jsonl of the run folder, on rank 0, which locks the folder while it is open; --fresh
-    starts over. UserError where another process trains, or would replace a run."""
+    """log.jsonl of the run folder, on rank 0, locked while it is open; --fresh starts over.
+    UserError where another process trains, or would replace a run."""
     import fcntl  # not on Windows
     log, problem, out = None, "", Path(args.out)
     weights, checkpoint = out / "model.safetensors", out / "checkpoint.pt"
@@ -2089,21 +2090,21 @@ def open_log(args, device):
     return log
 
 class LatentCache:
-    """Latents of a frozen image encoder in a folder, float16, one for each encoder; a hash
-    tells images apart."""
+    """Latents of a frozen image encoder, float16, in a folder for each encoder; hashes tell
+    images apart."""
 
     def __init__(self, model, folder):
         encoder, self.model = model.image_encoder, model
         frozen = not any(p.requires_grad for p in encoder.parameters())
-        require(frozen, "--cache-latents: expected --image-encoder sd or dinov2, all frozen")
+        require(frozen, "--cache-latents: expected --image-encoder sd or dinov2")
         about = model.config.space, model.config.image_scale or encoder.scale
         tensors = {name: t.cpu().contiguous() for name, t in encoder.state_dict().items()}
         self.folder = Path(folder, f"{checksum(about, tensors):08x}")
 
     def __call__(self, images):
-        """Images (B, 3, H, W) -> z_image (B, C, h, w) as `LDMSeg.encode_image`, on the CPU."""
-        paths = [self.folder / f"{hashlib.blake2b(image.numpy(), digest_size=16).hexdigest()}.npy"
-                 for image in images]
+        """Images (B, 3, H, W) -> z_image (B, C, h, w) as `encode_image`, on the CPU."""
+        keys = [hashlib.blake2b(image.numpy(), digest_size=16) for image in images]
+        paths = [self.folder / f"{key.hexdigest()}.npy" for key in keys]
         missing = [i for i, path in enumerate(paths) if not path.exists()]
         if missing:
             with torch.no_grad():
@@ -2134,18 +2135,20 @@ def convert_official(content, unet_config=None):
     config = replace(PRESETS["paper"], latents="gaussian", loss_weights="released")
     if "vae_image" in content:
         bias = "image_encoder.layers.0.down_blocks.{}.resnets.0.conv1.bias"
-        shape = SD_VAE | {"block_out_channels": [len(tensors[bias.format(i)]) for i in range(4)]}
-        config = replace(config, encoder_json=json.dumps(shape))
+        widths = [len(tensors[bias.format(i)]) for i in range(4)]
+        shape = json.dumps(SD_VAE | {"block_out_channels": widths})
+        config = replace(config, encoder_json=shape)
     if unet_config:
         attention = tuple(int("Attn" in name) for name in unet_config["down_block_types"])
-        config = replace(config, size=8 * unet_config["sample_size"], unet_attention=attention,
+        config = replace(config, size=8 * unet_config["sample_size"],
+                         unet_attention=attention,
                          unet_widths=tuple(unet_config["block_out_channels"]),
                          unet_layers=unet_config["layers_per_block"],
                          unet_heads=unet_config["attention_head_dim"])
     return config, tensors
 
 def load_official(path, unet_config=None):
-    """The authors' ae.pt -> MaskAutoencoder, ldmseg.pt -> LDMSeg, with "ema" as its UNet."""
+    """The authors' ae.pt -> MaskAutoencoder, ldmseg.pt -> LDMSeg, "ema" as its UNet."""
     # their settings may be an EasyDict, read as a dict: nothing is imported or run
     settings = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])
     with reading(path, "file of the authors (a run is given by its folder)"), settings:
@@ -2159,9 +2162,9 @@ def load_official(path, unet_config=None):
     return model
 
 def load_model(path="photos", device="cpu", kind=nn.Module):
-    """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one of
-    SHIPPED ("photos": photographs; "tiny": generated scenes) or the authors' .pt files;
-    `.config` is its Config, `.facts` a line about it. UserError unless a `kind`, and finite."""
+    """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one
+    of SHIPPED ("photos": photographs; "tiny": generated scenes) or the authors' .pt files.
+    `.config` is its Config, `.facts` a line about it. UserError unless it is a `kind`."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     file = file if file.exists() else SHIPPED.get(str(path), file)
     if file.suffix == ".pt":
@@ -2173,12 +2176,13 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
             written = about.pop("crc32", None)
             require(written in (None, checksum(about, tensors)), "damaged: another checksum")
             stored = about["config"]  # another version's may have other fields
-            values = {f.name: f.type(stored[f.name]) for f in fields(Config) if f.name in stored}
-            config = replace(PRESETS[stored["preset"]], **values)
-            kinds = {known.__name__: known for known in (LDMSeg, Pix2SeqD, MaskAutoencoder)}
+            known = {f.name: f.type for f in fields(Config) if f.name in stored}
+            config = replace(PRESETS[stored["preset"]], **{
+                name: kind(stored[name]) for name, kind in known.items()})
+            kinds = {one.__name__: one for one in (LDMSeg, Pix2SeqD, MaskAutoencoder)}
             model = kinds[about["model"]](config)
             model.facts = about.get("facts", "")
-            model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+            model.load_state_dict({name: t.float() for name, t in tensors.items()})
     for name, tensor in model.state_dict().items():
         require(tensor.isfinite().all(), f"{path}: {name} has values that are not finite")
     ours = type(model).__name__
@@ -2186,8 +2190,8 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
     return to_device(model, device).eval()
 
 def start_script(args, kind=nn.Module, scenes=True):
-    """The model of --weights, by default a shipped one, its device, and what makes an autocast
-    context. Says which weights. scenes: generated ones are the default, not photographs."""
+    """The model of --weights, its device, the maker of autocast contexts. Says which weights:
+    by default shipped ones, of generated scenes or of photographs."""
     device, autocast = setup_distributed(args.device, args.amp)
     path = args.weights or str(SHIPPED["tiny" if scenes else "photos"])
     model = load_model(path, device, kind)
@@ -2214,11 +2218,11 @@ def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None, b
 
 @torch.no_grad()
 def evaluate(predict, tasks, dataset, config, device, pictures=0, **options):
-    """{task: metric's result} over a data set, untouched, and all ranks; (record, {task: map})
-    of the first `pictures` images. predict: a batch -> {task: outputs (B, ...)}."""
-    shown, metrics = [], {task: DepthQuality() if task == "depth" else
-                          PanopticQuality(dataset.categories, task == "instance")
-                          for task in tasks}
+    """{task: metric's result} over a data set and all ranks; (record, {task: map}) of the
+    first `pictures` images. predict: a batch -> {task: outputs (B, ...)}."""
+    shown, metrics = [], {
+        task: DepthQuality() if task == "depth" else
+        PanopticQuality(dataset.categories, task == "instance") for task in tasks}
     for records, batch in evaluation_batches(dataset, config, device, **options):
         outputs = predict(batch)
         for i, record in enumerate(records):
@@ -2249,21 +2253,20 @@ def align_ids(ids, truth):
                 renamed[ours] = id
     return renamed
 
-# uint8 (255, 3): neighbours differ in hue and brightness
-PALETTE = (255 * np.array([
-    colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + 0.25 * (i % 3), 0.95 - 0.3 * (i % 2))
-    for i in range(1, 256)])).astype(np.uint8)
+PALETTE = np.uint8([
+    255 * np.array(colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + i % 3 / 4, 0.95 - 0.3 * (i % 2)))
+    for i in range(1, 256)])
 
 def colorize(drawn, truth=None, image=None):
-    """Map (H, W) -> uint8 (H, W, 3). Ids: a colour each, of the segment of `truth` it matches,
-    over `image`; VOID grey stripes or the image. Depth (float): bright to dark, NaN black."""
+    """Map (H, W) -> uint8 (H, W, 3). Ids: a colour each, of the segment of `truth` that it
+    matches, over `image`; VOID grey stripes or the image. Depth: bright to dark."""
     if drawn.dtype.kind == "f":
         low, high = np.nanmin(drawn), np.nanmax(drawn)
         near = (high - drawn[..., None]) / max(high - low, 1e-9)
         return np.nan_to_num(near * (215, 190, 60) + (40, 30, 90)).astype(np.uint8)
     ids = drawn if truth is None else align_ids(drawn, truth)
     picture, stripe = PALETTE[(ids - 1) % 255], max(2, len(ids) // 32)
-    for y, row in enumerate(picture):  # row by row, or a photograph's would take gigabytes
+    for y, row in enumerate(picture):  # row by row: all floats would take gigabytes
         void = ids[y] == VOID
         if image is None:
             row[void] = 51 + 38 * ((y + np.flatnonzero(void)) // stripe % 2)[:, None]
@@ -2285,15 +2288,15 @@ def save_grid(path, titles, rows, width=192):
     write_png(path, np.asarray(canvas))
 
 def keep_inputs(out, *folders):
-    """UserError where results in --out would be written among the inputs in these folders."""
+    """UserError where results in --out would be among the inputs in these folders."""
     results = {Path(out, name).resolve() for name in ("panoptic", "overlay", "depth")}
     for folder in map(Path, folders):
         above = {folder.resolve(), *folder.resolve().parents}
-        require(not results & above, f"--out {out}: results would replace inputs in {folder}; "
-                "use another --out")
+        require(not results & above, f"--out {out}: results would replace inputs in "
+                f"{folder}; use another --out")
 
 def write_panoptic(out, name, record, ids, segments):
-    """Write panoptic/NAME.png and overlay/NAME.png -> its two entries of panoptic.json."""
+    """panoptic/NAME.png and overlay/NAME.png -> two entries of panoptic.json."""
     name = str(Path(name).with_suffix(".png"))
     write_png(Path(out, "panoptic", name), id2rgb(ids))
     write_png(Path(out, "overlay", name), colorize(ids, image=record["image"]))
@@ -2302,7 +2305,7 @@ def write_panoptic(out, name, record, ids, segments):
     return image, {"image_id": image["id"], "file_name": name, "segments_info": segments}
 
 def write_panoptic_json(out, entries, categories=""):
-    """panoptic.json of `write_panoptic`'s entries, in the COCO format; categories: JSON."""
+    """panoptic.json of `write_panoptic`'s entries; categories: JSON."""
     images, annotations = zip(*entries)
     categories = json.loads(categories or '[{"id": 1, "name": "segment", "isthing": 1}]')
     write_json(Path(out, "panoptic.json"), {

@@ -329,7 +329,7 @@ def weights(rng):
 def checkpoint(rng, stages=("ae", "ae", "ae", "ldm")):
     """The third step of a run of either stage; damaged: its checkpoint."""
     stage = str(rng.choice(stages))
-    path = damage(rng, f"{stage}/checkpoint.pt", damage_bytes)
+    damage(rng, f"{stage}/checkpoint.pt", damage_bytes)
     (CASE / stage / "model.safetensors").unlink()
 
     def holds():

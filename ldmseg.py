@@ -1498,8 +1498,8 @@ def read_coco(path, category_ids=None):
             listed = [{"isthing": 1} | c for c in listed]
         images = index_entries("image", data.get("images", ()), FIELDS["image"])
         annotations = index_entries("annotation", annotations, FIELDS["annotation"])
-        listed = () if category_ids else listed
-        categories = index_entries("category", listed, FIELDS["category"])
+        known = () if category_ids else listed
+        categories = index_entries("category", known, FIELDS["category"])
         fields = FIELDS["segment"] | {"category_id": category_ids or set(categories)}
         for id, annotation in annotations.items():
             index_entries(f"image {id}: segment", annotation["segments_info"], fields)
@@ -1509,7 +1509,7 @@ def read_coco(path, category_ids=None):
             name = entry["file_name"].replace("\\", "/")
             leaves = name.startswith("/") or ".." in name.split("/")
             entry["file_name"] = os.path.basename(name) if leaves else name
-        json.dumps([listed, images], ensure_ascii=False).encode()  # or an error
+        json.dumps([listed, images], ensure_ascii=False).encode()  # half a character: an error
     return categories, images, annotations
 
 class PanopticDataset(Dataset):
@@ -1772,8 +1772,9 @@ class CommandLine(argparse.ArgumentParser):
         for title, known in FLAGS.items():
             group, flags = self.add_argument_group(title), known if title in shared else {}
             for flag, options in (flags | own.get(title, {})).items():
-                default = " (default: %(default)s)" if options.get("default") else ""
-                group.add_argument(flag, **options | {"help": options["help"] + default})
+                if options.get("default") not in (None, []):
+                    options = options | {"help": options["help"] + " (default: %(default)s)"}
+                group.add_argument(flag, **options)
 
     def error(self, message):
         raise UserError(f"{message}; -h lists the flags")

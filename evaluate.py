@@ -65,7 +65,8 @@ class PanopticPairs(Dataset):
 
     def __init__(self, gt, pred, gt_dir, pred_dir, allow_missing, class_agnostic):
         categories, _, truth = read_coco(gt)
-        _, _, self.prediction = read_coco(pred, categories, class_agnostic)
+        known = int if class_agnostic else set(categories)
+        _, _, self.prediction = read_coco(pred, known)
         for file, entries in (gt, truth), (pred, self.prediction):
             require(all(entry["file_name"] for entry in entries.values()), f"{file}: instances, "
                     "without PNGs; expected the COCO panoptic format, or --data for these labels")

@@ -31,13 +31,12 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import struct
 import sys
 import zlib
 from collections import OrderedDict, defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from glob import iglob
@@ -46,6 +45,7 @@ from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from tokenize import TokenError
+from types import UnionType
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -139,7 +139,7 @@ class Config:
     freeze_time: int = knob(0, "1: keep the pretrained time embedding", SHARE, "ldm")
     checkpointing: int = knob(0, "1: recompute activations, less memory", SHARE, "ldm")
     compile: int = knob(0, "1: torch.compile the UNet", SHARE, "ldm")
-    eval_steps: int = knob(10, "sampling steps, unless --steps is given", (1, 1000), "ldm")
+    eval_steps: int = knob(5, "sampling steps, unless --steps is given", (1, 1000), "ldm")
     sampling_power: float = knob(3.0, "of their timesteps, as timestep_power", (1, 8), "ldm")
     # both stages
     warmup: int = knob(200, "steps until the full learning rate", AMOUNT)
@@ -200,7 +200,7 @@ class Config:
         require(task in self.known_tasks, f"--task {task}: these weights know {known}")
         return task
 
-PIXELS = dict(self_condition=0.0, mask_threshold=0.0)  # what --set space=pixels also sets
+PIXELS = dict(self_condition=0.0, mask_threshold=0.0, eval_steps=10)  # of --set space=pixels
 PRESETS = {
     "tiny": Config(),
     "paper": Config(
@@ -1145,28 +1145,27 @@ class Pix2SeqD(LDMSeg):
 # ---- 10. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ----------------------
 
 class PanopticQuality:
-    """Panoptic Quality, mIoU over images. categories: COCO's; class_agnostic: one for all."""
+    """Panoptic Quality and mIoU. categories: COCO's; class_agnostic: one for all."""
 
     def __init__(self, categories, class_agnostic=False):
         self.class_agnostic = class_agnostic
         self.categories = [{"id": 1, "isthing": 1}] if class_agnostic else categories
         rows = {c["id"]: row for row, c in enumerate(self.categories)}
-        self.row = defaultdict(int) if class_agnostic else rows  # agnostic: always row 0
-        # rows: categories, ids in no list; columns, of the truth: sum of IoU, TP, FN, pixels
-        # in both, pixels, segments of another area in the JSON; predicted: FP, pixels
+        self.row = defaultdict(int) if class_agnostic else rows
+        # rows: categories, ids in no list; columns: sum of IoU, TP, FN, pixels in both,
+        # pixels of the truth, its segments of another area in the JSON, FP, pixels predicted
         self.state = np.zeros((len(rows) + 1, 8))
 
     # of the truth: segments of another area, pixels of ids in no list
     mismatches = property(lambda self: (self.state[:, 5].sum(), self.state[-1, 4]))
 
-    def all_reduce(self, device):
-        """Sum the counts over all ranks."""
+    def all_reduce(self, device):  # sum over ranks
         self.state = sum_over_ranks(torch.from_numpy(self.state).to(device)).cpu().numpy()
 
     def update(self, gt_ids, gt_segments, pred_ids, pred_segments):
-        """Count one image: int ids (H, W) or COCO colours uint8 (H, W, 3), 0 = VOID, and
-        their segments. UserError where the prediction's disagree. NOTE: the reference takes
-        areas of the truth from the JSON; here pixels, because they can differ."""
+        """Count an image: int ids (H, W) or COCO's colours uint8 (H, W, 3), segments_info.
+        NOTE: the reference takes the truth's areas from the JSON; here pixels are counted,
+        because the two can differ."""
         size, shape = gt_ids.shape[:2], pred_ids.shape
         require(shape[:2] == size, f"the prediction is {shape}, expected {size}")
         sides = (gt_ids, gt_segments), (pred_ids, pred_segments)
@@ -1175,24 +1174,25 @@ class PanopticQuality:
         crowd = np.array([bool(s.get("iscrowd")) for s in gt_segments], bool)
 
         # runs of pixels with the same pair of ids: there are far fewer runs than pixels
-        change = np.zeros(size, bool).ravel()
+        change = np.zeros(math.prod(size), bool)
         for ids, _ in sides:
-            flat, n = ids.ravel(), ids.size // change.size  # channels
-            change[np.flatnonzero(flat[n:] != flat[:-n]) // n + 1] = True
+            flat, channels = ids.ravel(), ids.size // change.size
+            differs = flat[channels:] != flat[:-channels]
+            change[np.flatnonzero(differs) // channels + 1] = True
         start = np.append(0, np.flatnonzero(change))
 
         # pixels of each pair of segments; row and column 0: of ids in no list, 1: VOID
-        place, shape = 0, (len(gt) + 2, len(pred) + 2)
+        pair, shape = 0, (len(gt) + 2, len(pred) + 2)
         for ids, segments in sides:
             ids = ids.ravel()[start] if ids.ndim == 2 else rgb2id(ids.reshape(-1, 3)[start])
-            place = place * shape[1] + compact_ids(ids, [VOID, *(s["id"] for s in segments)])
+            pair = pair * shape[1] + compact_ids(ids, [VOID, *(s["id"] for s in segments)])
         pixels = np.diff(start, append=change.size)
-        overlap = np.bincount(place, pixels, math.prod(shape)).reshape(shape)
+        overlap = np.bincount(pair, pixels, math.prod(shape)).reshape(shape)
         gt_area, area, void = overlap[2:].sum(1), overlap[:, 2:].sum(0), overlap[1, 2:]
         unlisted = overlap[:, 0].sum()
         unseen = [s["id"] for s, pixels in zip(pred_segments, area) if not pixels]
-        require(not unlisted and not unseen, f"the prediction has {unlisted:.0f} pixels of ids "
-                f"not in its list, none of {unseen[:5]} in its list")
+        require(not unlisted and not unseen, f"the prediction has {unlisted:.0f} pixels of "
+                f"ids not in its list, none of {unseen[:5]} in its list")
 
         # overlap of segments of one category; the union leaves out the truth's VOID
         both = overlap[2:, 2:] * (gt[:, None] == pred)
@@ -1215,26 +1215,26 @@ class PanopticQuality:
         self.state[-1, 4] += overlap[0].sum()
 
     def compute(self):
-        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, ...}: means over n classes that
-        occur; "miou" and "pixel_accuracy": of pixels that are not VOID in the truth."""
+        """{"All", "Things", "Stuff": {"pq", "sq", "rq", "n"}, ...}: means over the n classes
+        that occur; "miou", "pixel_accuracy": of pixels that are not VOID in the truth."""
         iou, tp, fn, both, truth, _, fp, predicted = self.state[:-1].T
         weight = tp + 0.5 * fp + 0.5 * fn
         scores = {"pq": iou / weight.clip(min=0.5), "sq": iou / tp.clip(min=1),
                   "rq": tp / weight.clip(min=0.5)}
         seen, thing = weight > 0, np.array([c["isthing"] for c in self.categories], bool)
-        groups, result = {"All": seen, "Things": seen & thing, "Stuff": seen & ~thing}, {}
-        for name, group in groups.items():
+        result = {}
+        for name, group in ("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing):
             n = int(group.sum())
-            result[name] = {k: float(v[group].sum() / max(n, 1)) for k, v in scores.items()}
-            result[name]["n"] = n
+            means = {k: v[group].sum().item() / max(n, 1) for k, v in scores.items()}
+            result[name] = means | {"n": n}
         scores |= {"tp": tp.astype(int), "fp": fp.astype(int), "fn": fn.astype(int)}
         result["per_class"] = {str(c["id"]): {k: v[row].item() for k, v in scores.items()}
                                for row, c in enumerate(self.categories) if seen[row]}
         if not self.class_agnostic:
             union = truth + predicted - both
-            miou = (both / union.clip(min=1)).sum() / max((union > 0).sum(), 1)
-            result["miou"] = float(miou)
-            result["pixel_accuracy"] = float(both.sum() / max(truth.sum(), 1))
+            iou = (both / union.clip(min=1)).sum() / max((union > 0).sum(), 1)
+            accuracy = both.sum() / max(truth.sum(), 1)
+            result |= {"miou": iou.item(), "pixel_accuracy": accuracy.item()}
         return result
 
 def panoptic_quality(truth, prediction):
@@ -1247,19 +1247,19 @@ class DepthQuality:
     """Means over images of AbsRel, RMSE and delta < 1.25, in the unit of the truth."""
 
     def __init__(self):
-        self.state = np.zeros(4)  # sums of the three over images, images
+        self.state = np.zeros(4)  # sums of the three, images
 
     all_reduce = PanopticQuality.all_reduce
 
     def update(self, truth, predicted):
-        """Count one image, (H, W): truth > 0 or NaN, predicted up to scale and shift."""
+        """Count an image, (H, W): truth > 0 or NaN, predicted up to scale and shift."""
         if (valid := np.isfinite(truth)).any():
             truth, predicted = truth[valid], predicted[valid]
             columns = np.stack([predicted, np.ones(len(truth))], 1)
             ours = columns @ np.linalg.lstsq(columns, truth, rcond=None)[0]
-            ratio = np.maximum(ours / truth, truth / ours.clip(min=1e-9))
             rmse = np.sqrt(np.square(ours - truth).mean())
-            self.state += np.abs(ours / truth - 1).mean(), rmse, (ratio < 1.25).mean(), 1
+            near = (ours < 1.25 * truth) & (truth < 1.25 * ours)
+            self.state += np.abs(ours / truth - 1).mean(), rmse, near.mean(), 1
 
     def compute(self):
         abs_rel, rmse, delta1 = (self.state[:3] / max(self.state[3], 1)).tolist()
@@ -1280,13 +1280,13 @@ THINGS = {  # outlines, below 1 inside; x, y: local coordinates, r: distance fro
     "ring": lambda x, y, r: maximum(r, 1 + 1.2 * (0.36 - r)),
     "cross": lambda x, y, r: maximum(r / 1.2, minimum(abs(x), abs(y)) / 0.4),
     "blob": lambda x, y, r: r / (0.8 + 0.2 * sin(3 * np.arctan2(y, x)))}  # has no label
+NAMES = [*STUFF, *THINGS]
 
 class ShapeScenes(Dataset):
     """Generated scenes. Items: image uint8 (H, W, 3), ids int64 (H, W), 0 = VOID, segments
     [{"id", "category_id"}], image_id, file_name, depth float32 (H, W) in [0, 1], 1 far."""
 
     LENGTH = {"train": 100_000, "val": 200}
-    NAMES = [*STUFF, *THINGS]
     categories = [{"id": i, "name": name, "isthing": int(name in THINGS)}
                   for i, name in enumerate(NAMES[:-1], start=1)]
 
@@ -1303,19 +1303,19 @@ class ShapeScenes(Dataset):
 
     def frame(self, number, time):
         """The item of scene `number`, `time` frames later (int): its things move."""
-        rng, motion = (random_generator(list(self.LENGTH).index(self.split), purpose, number)
-                       for purpose in ("scene", "motion"))
-        shift = time * motion.uniform(-0.035, 0.035, (6, 2))  # of each thing, to the right, down
-        ids, depth, names = np.zeros(self.x.shape, np.int64), np.zeros_like(self.x), []
-        image = np.zeros((*self.x.shape, 3), np.float32)
+        seed = list(self.LENGTH).index(self.split)
+        rng, motion = (random_generator(seed, p, number) for p in ("scene", "motion"))
+        shift = time * motion.uniform(-0.035, 0.035, (6, 2))  # of things, to the right, down
+        layers = [*self.regions(rng), *self.things(rng, shift)]
 
         # paint from far to near, each layer with a contact shadow
-        for name, outline, colour, distance in (*self.regions(rng), *self.things(rng, shift)):
-            names.append(name)
-            image *= np.where(outline < 1.3, np.float32(0.72), 1)[..., None]
-            np.copyto(image, colour, where=(outline < 1)[..., None])
-            np.copyto(depth, distance, where=outline < 1)
-            ids[outline < 1] = len(names)
+        ids, depth = np.zeros(self.x.shape, np.int64), np.zeros_like(self.x)
+        image = np.zeros((*self.x.shape, 3), np.float32)
+        for id, (_, outline, colour, distance) in enumerate(layers, 1):
+            inside = outline < 1
+            image[outline < 1.3] *= np.float32(0.72)
+            image[inside], ids[inside] = colour[inside], id
+            np.copyto(depth, distance, where=inside)
 
         # haze, contrast, noise
         haze = (0.55 * depth**1.5)[..., None]
@@ -1324,18 +1324,18 @@ class ShapeScenes(Dataset):
         image += rng.uniform(0.01, 0.05) * rng.standard_normal(image.shape, np.float32)
 
         # blobs, and the little that is left of hidden things, are VOID
-        large = np.bincount(ids.ravel(), minlength=len(names) + 1) >= 0.02 * ids.size
-        segments = [{"id": id, "category_id": 1 + self.NAMES.index(name)}
-                    for id, name in enumerate(names, start=1) if large[id] and name != "blob"]
+        large = np.bincount(ids.ravel(), minlength=len(layers) + 1) >= 0.02 * ids.size
+        segments = [{"id": id, "category_id": 1 + NAMES.index(name)}
+                    for id, (name, *_) in enumerate(layers, 1) if large[id] and name != "blob"]
         ids[~np.isin(ids, [s["id"] for s in segments])] = VOID
-        return {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids, "depth": depth,
-                "segments": segments, "image_id": number,
-                "file_name": f"{self.split}{number:06d}.png"}
+        image = (image.clip(0, 1) * 255).astype(np.uint8)
+        return {"image": image, "ids": ids, "depth": depth, "segments": segments,
+                "image_id": number, "file_name": f"{self.split}{number:06d}.png"}
 
     def regions(self, rng):
         """One to three, far to near: name, outline (H, W), colour (H, W, 3), distance."""
         x, y, near = self.x, self.y, 0.75 + self.y  # waves are longer where it is near
-        names = [self.NAMES[rng.integers(2)], *rng.permutation(self.NAMES[2:5])]
+        names = [NAMES[rng.integers(2)], *rng.permutation(NAMES[2:5])]
         tops = np.sort(rng.permutation(rng.uniform((0.2, 0.5), (0.5, 0.75)))[: rng.integers(3)])
         for name, top in zip(names[rng.integers(2) :], [-1.0, *tops.tolist()]):
             tint, contrast, across, down, bend = STUFF[name]
@@ -1380,12 +1380,11 @@ class ShapeScenes(Dataset):
 
 def rgb2id(rgb):
     """COCO panoptic colours uint8 (..., 3) -> int32 ids (...): R + 256 G + 65536 B."""
-    return (rgb.astype(np.float32) @ np.float32([1, 256, 65536])).astype(np.int32)  # exact, fast
+    return (rgb.astype(np.float32) @ np.float32([1, 256, 65536])).astype(np.int32)  # exact
 
 def id2rgb(ids):
     """Inverse of rgb2id: int ids (...) in [0, 2^24 - 1] -> uint8 (..., 3)."""
-    low_to_high = np.asarray(ids).astype("<u4")[..., None].view(np.uint8)  # bytes, (..., 4)
-    return low_to_high[..., :3]
+    return np.asarray(ids).astype("<u4")[..., None].view(np.uint8)[..., :3]  # low bytes first
 
 def write_png(path, array):
     with replacing(path) as temporary:
@@ -1406,36 +1405,38 @@ def reading(place, what):
         raise UserError(f"{place}: {message}") from None
 
 def read_image(path, exact=False):
-    """Image file -> uint8 (H, W, 3), turned as its EXIF tag says. Grey of over 8 bits is scaled;
-    white is the first of 1, 255, 4095, 65535 and its highest value that is not below that.
-    exact: of a mask, which must be a PNG of 8 bits."""
+    """Image file -> uint8 (H, W, 3), turned as its EXIF tag says. exact: of a mask, which must
+    be a PNG of 8 bits. Grey of more is scaled; white is the first of 1, 255, 4095, 65535 that
+    is not below its highest value, or that."""
     with reading(path, "image"):
         require(Path(path).is_file() or not Path(path).exists(), "no regular file")
         data = Path(path).read_bytes()
-        is_png = data.startswith(b"\x89PNG") and data[24] <= 8
-        require(is_png or not exact, "expected a PNG of 8 bits per channel")
-        if is_png and b"eXIf" not in data:  # faster than Pillow
-            from torchvision.io import ImageReadMode, decode_png
+        if exact:
+            fits = data.startswith(b"\x89PNG") and data[24] <= 8
+            require(fits, "expected a PNG of 8 bits per channel")
+            from torchvision.io import ImageReadMode, decode_png  # faster than Pillow
             data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+            image = decode_png(data, ImageReadMode.RGB, apply_exif_orientation=True)
+            return image.permute(1, 2, 0).numpy()
         image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
         if image.mode[0] in "IF":  # integers of over 8 bits, floats
             values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
             black, highest = min(values.min(), 0), values.max()
             white = next((w for w in (1, 255, 4095, 65535) if highest <= w), highest)
-            image = Image.fromarray((255 * (values - black) / (white - black)).astype(np.uint8))
+            values = 255 * (values - black) / (white - black)
+            image = Image.fromarray(values.astype(np.uint8))
         return np.asarray(image.convert("RGB"))
 
-def read_depth(path, shape):
-    """.npy of floats, .png of 16 bits -> float32 (H, W) = shape, NaN what is not > 0."""
+def read_depth(path, size):
+    """.npy of floats or .png of 16 bits -> float32 (H, W) = size, NaN what is not > 0."""
     path = path.with_suffix(".npy" if path.with_suffix(".npy").exists() else ".png")
     with reading(path, "depth map, .npy or .png"):
         depth = np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
         fits = depth.dtype.name in ("uint16", "float16", "float32", "float64")
-        require(fits and depth.shape == shape, f"{depth.dtype} {depth.shape}, expected "
-                f"16-bit integers or floats {shape}")
-        depth = depth.astype(np.float32)
-        return np.where((depth > 0) & np.isfinite(depth), depth, np.float32(np.nan))
+        require(fits and depth.shape == size, f"{depth.dtype} {depth.shape}, expected "
+                f"16-bit integers or floats {size}")
+        known = (depth > 0) & np.isfinite(depth)
+        return np.where(known, depth, np.nan).astype(np.float32)
 
 def draw_instances(segments, size):
     """COCO polygons or RLE of segments -> ids int32 (H, W) = size, the smaller on top."""
@@ -1445,19 +1446,19 @@ def draw_instances(segments, size):
     coco, masks, ids = COCO(), {}, np.zeros(size, np.int32)
     coco.imgs = {0: {"height": size[0], "width": size[1]}}
     for segment in segments:
-        shape = segment.get("segmentation")
+        shape, whole = segment.get("segmentation"), f"expected the {size} pixels of its image"
         with reading(f"segmentation {str(shape)[:60]}", "polygon [[x, y, ...]] or RLE"):
             require(shape, "a box without an outline, expected polygons or RLE")
             for xy in shape if isinstance(shape, list) else ():  # infinity would hang
                 fits = len(xy) >= 6 and np.abs(np.reshape(xy, (-1, 2))).max() < 1e6
                 require(fits, "expected three or more pairs x, y")
-            if isinstance(shape, dict):  # of another size it crashes, of another sum it shifts
-                whole = isinstance(shape["counts"], str) or sum(shape["counts"]) == math.prod(size)
-                require(whole and (*shape["size"],) == size, f"expected the {size} pixels of its "
-                        "image")
+            if isinstance(shape, dict):  # another size crashes, another sum shifts
+                counts = shape["counts"]
+                fits = isinstance(counts, str) or sum(counts) == math.prod(size)
+                require(fits and (*shape["size"],) == size, whole)
             rle = coco.annToRLE({"image_id": 0, "segmentation": shape})
             mask = masks[segment["id"]] = decode(rle) > 0  # undefined after the last run
-            require(mask.sum() == area(rle), f"expected the {size} pixels of its image")
+            require(mask.sum() == area(rle), whole)
     for id in sorted(masks, key=lambda id: -masks[id].sum()):
         ids[masks[id]] = id
     return ids
@@ -1472,27 +1473,26 @@ def number(value):  # of a JSON that may have "17" for 17; what is no number sta
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 def index_entries(kind, entries, fields):
-    """{key: entry}. UserError where a field does not fit or a key is there twice."""
+    """{key: entry}; UserError where a field does not fit or a key is there twice."""
     key, index = next(iter(fields)), {}
     for entry in entries:
         for name, allowed in fields.items():
             value = entry.get(name) if allowed is str else number(entry.get(name))
-            limited = isinstance(allowed, (range, tuple, set))
-            if not (value in allowed if limited else isinstance(value, allowed)):
-                raise UserError(f"{kind}: {name} is {value!r}, expected {allowed}")
+            is_type = isinstance(allowed, (type, UnionType))
+            fits = isinstance(value, allowed) if is_type else value in allowed
+            require(fits, f"{kind}: {name} is {value!r}, expected {allowed}")
             entry[name] = value
-        require(entry[key] not in index, f"{kind}: {key} {entry[key]!r} twice, expected once")
-        index[entry[key]] = entry
+        id = entry[key]
+        require(id not in index, f"{kind}: {key} {id!r} twice, expected once")
+        index[id] = entry
     return index
 
-def read_coco(path, categories=None, any_category=False):
-    """A COCO JSON -> its categories, images, annotations, each {id: entry}, checked. Instances
-    become segments 1, 2, ... of an annotation with "file_name" "". categories: those of
-    segments (default: the file's), unless any_category."""
+def read_coco(path, category_ids=None):
+    """A COCO JSON -> its categories, images, annotations, each {id: entry}, checked.
+    Instances become segments 1, 2, ... of an annotation with "file_name" "". category_ids:
+    of segments, int or a set, by default the file's."""
     with reading(path, "annotation file"):
-        data = json.loads(text := Path(path).read_text("utf-8-sig"))
-        if re.search(r"\\ud", text, re.I):  # half a character cannot be printed: an error
-            json.dumps(data, ensure_ascii=False).encode()
+        data = json.loads(Path(path).read_text("utf-8-sig"))
         annotations, listed = data.get("annotations", ()), data.get("categories", ())
         if not any("segments_info" in a for a in annotations):
             groups = defaultdict(list)
@@ -1502,10 +1502,11 @@ def read_coco(path, categories=None, any_category=False):
             annotations = [{"image_id": id, "file_name": "", "segments_info": group}
                            for id, group in groups.items()]
             listed = [{"isthing": 1} | c for c in listed]
-        categories = categories or index_entries("category", listed, FIELDS["category"])
         images = index_entries("image", data.get("images", ()), FIELDS["image"])
         annotations = index_entries("annotation", annotations, FIELDS["annotation"])
-        fields = FIELDS["segment"] | {"category_id": int if any_category else set(categories)}
+        known = () if category_ids else listed
+        categories = index_entries("category", known, FIELDS["category"])
+        fields = FIELDS["segment"] | {"category_id": category_ids or set(categories)}
         for id, annotation in annotations.items():
             index_entries(f"image {id}: segment", annotation["segments_info"], fields)
 
@@ -1514,12 +1515,12 @@ def read_coco(path, categories=None, any_category=False):
             name = entry["file_name"].replace("\\", "/")
             leaves = name.startswith("/") or ".." in name.split("/")
             entry["file_name"] = os.path.basename(name) if leaves else name
-            os.fsencode(name)  # or an error
+        json.dumps([listed, images], ensure_ascii=False).encode()  # half a character: an error
     return categories, images, annotations
 
 class PanopticDataset(Dataset):
-    """COCO annotations and images; items as in ShapeScenes, hidden instances left out. PNGs
-    are in the folder json_path without ".json", depth in image_dir + "_depth"."""
+    """COCO annotations and images; items as in ShapeScenes. PNGs are in the folder json_path
+    without ".json", depth in image_dir + "_depth"."""
 
     def __init__(self, json_path, image_dir, depth=False):
         self.json_path, self.image_dir, self.depth = Path(json_path), Path(image_dir), depth
@@ -1545,7 +1546,7 @@ class PanopticDataset(Dataset):
         if not (self.image_dir / name).is_file():
             paths = self.paths[os.path.basename(name).replace("_gtFine", "")]  # Cityscapes
             require(len(paths) == 1, f"{self.image_dir / name}: no such image, its name is "
-                    f"{len(paths)} times below {self.image_dir}: {paths}; --images names a folder")
+                    f"{len(paths)} times below {self.image_dir}: {paths}")
             name = paths[0]
         image = read_image(self.image_dir / name)
         size = image.shape[:2]
@@ -1554,12 +1555,12 @@ class PanopticDataset(Dataset):
         if mask_name:
             place = self.json_path.with_suffix("") / mask_name
             ids = rgb2id(read_image(place, exact=True))
+            listed = ids.shape
         else:
-            listed = info.get("height", size[0]), info.get("width", size[1])
-            require(listed == size, f"{place}: {listed} pixels, expected {size}")
             with reading(place, "annotation"):
                 ids = draw_instances(segments, size)
-        require(ids.shape == size, f"{place}: {ids.shape} pixels, expected {size}")
+            listed = info.get("height", size[0]), info.get("width", size[1])
+        require(listed == size, f"{place}: {listed} pixels, expected {size}")
         flat = ids.ravel()
         found = set(np.unique(flat[starts_of_runs(flat)]).tolist()) - {VOID}
 
@@ -1575,18 +1576,17 @@ class PanopticDataset(Dataset):
         return record
 
 def open_dataset(data, split, images, size, kind, depth=False):
-    """The data set of --data, --split and --images: "shapes" at `size` pixels, a folder as COCO
-    and tools that export its JSON leave it, or such a JSON ("{split}" in both paths is the
-    split). split None: the only one that starts with `kind`, "train" or "val", or is alone."""
+    """The data set of --data, --split and --images: "shapes" at `size` pixels, a folder with
+    COCO JSONs, or a JSON, with {split} in its path for each. split None: the only one that
+    starts with `kind`, "train" or "val", or is alone."""
     path, flag = Path(data), "--train-split" if kind == "train" else "--split"
     if data == "shapes":
         return ShapeScenes(split or kind, size)
     if path.suffix == ".json":
-        require(not split or "{split}" in data, f"--data {data}: a JSON, expected {flag} only "
-                "with {split} in its path")
-        data, images = (name.replace("{split}", split or kind)
-                        for name in (data, images or str(path.parent)))
-        return PanopticDataset(data, images, depth)
+        require(not split or "{split}" in data,
+                f"--data {data}: a JSON, expected {flag} only with {{split}} in its path")
+        paths = data, images or str(path.parent)
+        return PanopticDataset(*(p.replace("{split}", split or kind) for p in paths), depth)
 
     # COCO and CVAT; Roboflow; labelme, Label Studio
     require(path.is_dir(), f"--data {data}: no such folder, and no JSON")
@@ -1596,11 +1596,10 @@ def open_dataset(data, split, images, size, kind, depth=False):
             break
     file_of = {f.parent.name if f.stem == "_annotations.coco" else
                f.stem.removeprefix("panoptic_").removeprefix("instances_"): f for f in files}
-    alone = len(file_of) == 1 and not split
-    found = [n for n in file_of if alone or (n == split if split else n.startswith(kind))]
-    require(len(found) == 1, f"--data {data}: {flag} {split or 'not given'}, expected one of "
-            f"{list(file_of)}, from annotations/panoptic_*.json, instances_*.json or a COCO "
-            "JSON in it; or --data a JSON, and --images")
+    found = [name for name in file_of if name == split or not split and (
+        name.startswith(kind) or len(file_of) == 1)]
+    require(len(found) == 1, f"--data {data}: {flag} {split or 'not given'}, expected one "
+            f"of {list(file_of)}, its COCO JSONs; or --data a JSON, and --images")
     folders = [path / found[0], path / "images" / found[0],
                *sorted(path.glob(f"{found[0]}[!_]*")), path / "images", path]
     folder = next(f for f in folders if f.is_dir())
@@ -1611,8 +1610,8 @@ def open_dataset(data, split, images, size, kind, depth=False):
 def relative_depth(depth):
     """float (H, W), NaN = invalid -> [-1, 1], its 2nd and 98th percentiles the ends."""
     valid = depth[np.isfinite(depth)]
-    require(len(np.unique(valid)) > 1, f"depth has one value or none at {valid.size} "
-            "valid pixels, expected several")
+    require(len(np.unique(valid)) > 1,
+            f"depth has one value or none at {valid.size} valid pixels, expected several")
     low, high = np.percentile(valid, (2, 98))
     if low == high:
         low, high = valid.min(), valid.max()
@@ -1651,14 +1650,14 @@ def prepare(record, config, rng, augment, task="instance"):
     return {name: part.flip(-1) if flip else part for name, part in sample.items()}
 
 def keep_blocks(ids, rng, block, drop_rate):
-    """bool (s, s) of a map (s, s), True = known: squares of `block` pixels, each dropped with
-    probability drop_rate (Fig. 9)."""
+    """Of a map (s, s) which pixels are known, bool: squares of `block` pixels, each dropped
+    with probability drop_rate (Fig. 9)."""
     cells = math.ceil(len(ids) / block)
     kept = rng.random((cells, cells)) >= drop_rate
     return kept.repeat(block, 0).repeat(block, 1)[: len(ids), : len(ids)]
 
 class TrainingStream(Dataset):
-    """Endless: position -> a prepared sample, its "position", "task" (a place in config.tasks)
+    """Endless: position -> a prepared sample, "position", "task" (a place in config.tasks)
     and "known" pixels, if there are any. Data sets take turns. A sample depends on seed and
     position only: a resumed run and any number of ranks see the same."""
 
@@ -1668,42 +1667,39 @@ class TrainingStream(Dataset):
         require(not config.previous or all(isinstance(d, ShapeScenes) for d in datasets),
                 "--set previous: only --data shapes has frames before")
 
-    def record(self, turn, index):  # with config.previous, also the ids of the frame before
-        dataset = self.datasets[turn]
-        if not self.config.previous:
-            return dataset[index]
-        return dataset[index] | {"previous": dataset.frame(index, -1)["ids"]}
+    @lru_cache(maxsize=8)
+    def order(self, turn, epoch):
+        rng = random_generator(self.seed, "order", f"{turn} {epoch}")
+        return rng.permutation(len(self.datasets[turn])).tolist()
 
-    def first_prepared(self, turn, order, place, rng, task):
-        """The sample of the first record that can be read, in the data set's order from place."""
-        for step in range(len(order)):
-            index = int(order[(place + step) % len(order)])
+    def first_prepared(self, turn, indices, rng, task):
+        """The sample of the first of these records that can be read."""
+        for index in indices:
             try:
-                return prepare(self.record(turn, index), self.config, rng, True, task)
+                record = self.datasets[turn][index]
+                if self.config.previous:
+                    record["previous"] = self.datasets[turn].frame(index, -1)["ids"]
+                return prepare(record, self.config, rng, True, task)
             except (UserError, FileNotFoundError) as error:
                 if self.on_bad_sample == "error":
                     raise
                 if (turn, index) not in self.bad:
                     self.bad.add((turn, index))
                     print(f"skipped, number {len(self.bad)}: {error}", file=sys.stderr)
-        raise UserError(f"none of {len(order)} samples can be read, expected one")
-
-    @lru_cache(maxsize=8)
-    def order(self, turn, epoch):
-        rng = random_generator(self.seed, "order", f"{turn} {epoch}")
-        return rng.permutation(len(self.datasets[turn]))
+        raise UserError("none of the samples can be read, expected one")
 
     def __getitem__(self, position):
         # whose turn is it, and which record first?
-        config, generator = self.config, partial(random_generator, self.seed, position=position)
+        config, tasks = self.config, self.config.trained_tasks
+        generator = partial(random_generator, self.seed, position=position)
         number, turn = divmod(position, len(self.datasets))
         epoch, place = divmod(number, len(self.datasets[turn]))
         order = self.order(turn, epoch)
+        indices = (order[(place + i) % len(order)] for i in range(len(order)))
 
         # the sample of a random task
-        tasks = config.trained_tasks
         task = int(generator("task").integers(len(tasks)))
-        sample = self.first_prepared(turn, order, place, generator("sample"), tasks[task])
+        sample = self.first_prepared(turn, indices, generator("sample"), tasks[task])
         sample |= {"position": position} | ({"task": task} if config.tasks else {})
 
         # blocks of the mask are given, in a share of the samples
@@ -1750,23 +1746,23 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
         "--split": dict(help="to evaluate (default: the data's only val*)"),
         "--limit": dict(help="only the first N images", type=whole_number, metavar="N")},
     "model": {
-        "--weights": dict(help="run folder, file, tiny (default for scenes) or photos (others)")},
+        "--weights": dict(help="run folder, file, tiny (default for scenes) or photos")},
     "training": {
         "--train-split": dict(help="default: the data's only train*"),
         "--preset": dict(help="where the Config starts", choices=PRESETS, default="tiny"),
-        "--set": dict(help="Config fields, listed below", metavar="FIELD=VALUE", nargs="+",
-                      action="extend", default=[]),
+        "--set": dict(help="Config fields, listed below", metavar="FIELD=VALUE",
+                      nargs="+", action="extend", default=[]),
         "--accumulate": dict(help="micro-batches per step", type=whole_number, default=1),
-        "--eval-every": dict(help="steps between evaluations", type=whole_number, default=500),
-        "--on-bad-sample": dict(help="one that cannot be read stops the run, or is left out",
+        "--eval-every": dict(help="steps until evaluation", type=whole_number, default=500),
+        "--on-bad-sample": dict(help="stop at one that cannot be read, or leave it out",
                                 choices=("error", "skip"), default="error"),
-        "--fresh": dict(help="start over in an existing run folder", action="store_true")},
+        "--fresh": dict(help="start over in a run folder", action="store_true")},
     "sampling": {
-        "--steps": dict(help="of denoising (default: the weights' own)", type=whole_number),
-        "--sampler": dict(help="ddpm: with fresh noise", choices=SAMPLERS, default="ddim"),
-        "--task": dict(help="default: what the weights know", choices=("panoptic", *TASKS))},
+        "--steps": dict(help="default: the weights' own", type=whole_number),
+        "--sampler": dict(help="ddpm: fresh noise", choices=SAMPLERS, default="ddim"),
+        "--task": dict(help="default: all that they know", choices=("panoptic", *TASKS))},
     "machine": {
-        "--device": dict(help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)"),
+        "--device": dict(help="cuda, cuda:1, cpu, ... (default: cuda if there)"),
         "--amp": dict(help="default: bf16 on cuda, else off", choices=AMP),
         "--seed": dict(help="of everything random", type=from_zero, default=0),
         "--workers": dict(help="processes that load data", type=from_zero,
@@ -1774,7 +1770,7 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
 }
 
 class CommandLine(argparse.ArgumentParser):
-    """A script's flags: the groups of FLAGS that `shared` names, and `own`, in its form."""
+    """A script's flags: the groups of FLAGS that `shared` names, and `own`, like FLAGS."""
 
     def __init__(self, description, shared, own, epilog=None):
         super().__init__(description=description, epilog=epilog, allow_abbrev=False,
@@ -1797,15 +1793,17 @@ def training_command(description, stage, model_flags):
     lines = ["fields of --set, with the values of --preset tiny, and what is allowed:"]
     for name, f in stage_fields(stage).items():
         value = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        between, allowed = ", " if f.type is str else " to ", f.metadata["allowed"] or ["any"]
-        allowed = between.join(a if isinstance(a, str) else f"{a:g}" for a in allowed)
+        allowed = f.metadata["allowed"] or "any"
+        if f.type is not str:
+            allowed = "{:g} to {:g}".format(*allowed)
         lines.append(f"  {f'{name}={value}':34} {f.metadata['help']} ({allowed})")
     data = {"--data": dict(help="shapes (generated), COCO-layout folders or COCO JSONs",
                            nargs="+", default=["shapes"]),
             "--out": dict(help="run folder", default=f"runs/{stage}")}
+    names = {"--steps": f"{stage}_steps", "--batch-size": f"{stage}_batch"}
     sizes = {flag: dict(help=f"the same as --set {name}=N", metavar="N", dest="set",
                         type=f"{name}={{}}".format, action="append")
-             for flag, name in (("--steps", f"{stage}_steps"), ("--batch-size", f"{stage}_batch"))}
+             for flag, name in names.items()}
     own = {"data": data, "model": model_flags, "training": sizes}
     return CommandLine(description, "data training machine", own, "\n".join(lines))
 
@@ -1814,12 +1812,14 @@ def override(config, assignments, stage):
     known, changes = stage_fields(stage), {}
     for assignment in assignments:
         name, _, text = assignment.partition("=")
-        near = difflib.get_close_matches(name, known, 1) or ["one that -h lists"]
-        require(name in known, f"--set {name}: no field of stage {stage}, expected {near[0]}")
+        near, *_ = difflib.get_close_matches(name, known, 1) or ["one that -h lists"]
+        require(name in known, f"--set {name}: no field of stage {stage}, expected {near}")
         kind = known[name].type
         with reading(f"--set {assignment}", kind.__name__):
-            changes[name] = tuple(map(int, text.split(","))) if kind is tuple else kind(text)
-    return replace(config, **(PIXELS if changes.get("space") == "pixels" else {}) | changes)
+            value = map(int, text.split(",")) if kind is tuple else text
+            changes[name] = kind(value)
+    defaults = PIXELS if changes.get("space") == "pixels" else {}
+    return replace(config, **defaults | changes)
 
 def open_training_data(args, config):
     """The training sets of --data, and the evaluated split of the last."""
@@ -1852,7 +1852,7 @@ def run_script(main):
 DIVERGED = "stopped, the last checkpoint is kept; try a lower ae_lr or ldm_lr"
 
 def setup_distributed(device=None, amp=None):
-    """Join torchrun's process group -> device, function that makes an autocast context."""
+    """Join torchrun's process group -> device, maker of autocast contexts."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -1874,33 +1874,34 @@ def setup_distributed(device=None, amp=None):
         atexit.register(dist.destroy_process_group)
     return device, partial(torch.autocast, device.type, AMP[amp], enabled=amp != "off")
 
-def to_device(model, device):  # convolutions in channels_last are faster on GPUs, not on CPUs
+def to_device(model, device):  # on GPUs in the layout in which convolutions are faster
     on_gpu = torch.device(device).type == "cuda"
-    layout = torch.channels_last if on_gpu else torch.contiguous_format
-    return model.to(device, memory_format=layout)
+    return model.to(device, memory_format=torch.channels_last if on_gpu else None)
 
-def distribute(model):
-    """What a training loop calls: under torchrun DDP's, else the model itself."""
+def distribute(model):  # what a training loop calls: under torchrun DDP's
     options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
     return DistributedDataParallel(model, **options) if dist.is_initialized() else model
 
-def progress(iterable, description, **options):  # None: hidden where there is no terminal
-    return tqdm(iterable, description, leave=False, disable=None if is_main() else True, **options)
+def progress(iterable, description, **options):
+    hidden = None if is_main() else True  # None: where there is no terminal
+    return tqdm(iterable, description, leave=False, disable=hidden, **options)
 
 def training_steps(start, stop, description):
     """Yields (step, caught): the first Ctrl-C or SIGTERM only joins the list `caught`, so
     that no step is cut in two; the next one does what it always does."""
     caught, launcher = [], os.getppid()
-    with ExitStack() as handlers:
-        def catch(number, _):
-            caught.append(number)
-            handlers.close()  # back to those from before
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers.callback(signal.signal, number, signal.signal(number, catch))
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(number, before[number])
+    before = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
         for step in progress(range(start, stop), description, total=stop, initial=start):
             if "RANK" in os.environ and os.getppid() != launcher:
                 caught.append("torchrun, which was killed")
             yield step, caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if caught:
         raise KeyboardInterrupt("after the last step")
 
@@ -1922,9 +1923,10 @@ def learning_rate(step, steps, peak, config):
     """Linear warm-up to `peak`, then constant or a cosine down to 1e-6."""
     if step < config.warmup:
         return peak * (step + 1) / config.warmup
+    if config.lr_schedule == "constant":
+        return peak
     done = (step - config.warmup) / max(1, steps - config.warmup)
-    cosine = 1e-6 + 0.5 * (peak - 1e-6) * (1 + math.cos(math.pi * done))
-    return peak if config.lr_schedule == "constant" else cosine
+    return 1e-6 + 0.5 * (peak - 1e-6) * (1 + math.cos(math.pi * done))
 
 def make_ema(model, decay):
     """Exponential moving average of the weights (Table S3). NOTE: paper: decay 0.999; here
@@ -1944,8 +1946,8 @@ def training_state(model, lr, config, amp, device):  # all that a run needs to g
             "optimizer": make_optimizer(model, lr, config), "scaler": scaler}
 
 def update_weights(state, lr, max_norm):
-    """An optimizer step of `state` ("model", "optimizer", "scaler", "ema") and its averages.
-    Returns False where the gradients were not finite, on any rank, and nothing was changed."""
+    """An optimizer step and that of the averages. Returns False where gradients were not
+    finite, on any rank, and nothing was changed."""
     optimizer, scaler = state["optimizer"], state["scaler"]
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1961,34 +1963,35 @@ def update_weights(state, lr, max_norm):
     return finite
 
 def means(batches):
-    """Of [{"loss": scalar, ...}, ...] over batches and ranks, of what is finite; "skipped":
-    how many, if any, were not."""
+    """Of [{"loss": scalar, ...}, ...] over batches and ranks, where the loss is finite;
+    "skipped": how many, if any, were not."""
     batches = default_collate(batches)
     finite = batches["loss"].isfinite()
-    count = sum_over_ranks(finite.sum())
-    result = {name: (sum_over_ranks(values[finite].sum()) / count).item()
-              for name, values in batches.items()}
-    result["skipped"] = sum_over_ranks((~finite).sum()).item()
-    return {name: value for name, value in result.items()
-            if math.isfinite(value) and (name != "skipped" or value)}
+    count, skipped = sum_over_ranks(torch.stack([finite.sum(), (~finite).sum()])).tolist()
+    sums = {name: sum_over_ranks(values[finite].sum()) for name, values in batches.items()}
+    result = {name: (total / count).item() for name, total in sums.items()}
+    result = {name: value for name, value in result.items() if math.isfinite(value)}
+    return result | ({"skipped": skipped} if skipped else {})
 
 # ---- 16. Run folders and weights -------------------------------------------------------
 
 SHIPPED = {name: Path(__file__).parent / "assets" / f"{name}.safetensors"
            for name in ("tiny", "photos")}  # of generated scenes; of photographs
-SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,  # of version 1,
-          "down_block_types": ["DownEncoderBlock2D"] * 4}  # without its decoder
+SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+          "down_block_types": ["DownEncoderBlock2D"] * 4}  # of version 1, without decoder
+# the authors' parts -> our prefixes; their VAE's names, also those of an old diffusers
 OFFICIAL_PARTS = {"vae": "", "vae_semseg": "autoencoder.", "unet": "unet.",
-                  "vae_image": "image_encoder.layers."}  # the authors' parts -> our prefixes
-OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1",  # and the names of an old diffusers
-                "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+                  "vae_image": "image_encoder.layers."}
+OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1", "query": "to_q", "key": "to_k",
+                "value": "to_v", "proj_attn": "to_out.0"}
 # of flags and Config, what a resumed run may change
-FREE = """accumulate amp cache_latents device eval_every fresh limit on_bad_sample out set split
-          workers ae_steps ldm_steps eval_steps sampling_power checkpointing compile zero""".split()
+FREE = """accumulate amp cache_latents device eval_every fresh limit on_bad_sample out
+          set split workers ae_steps ldm_steps eval_steps sampling_power checkpointing
+          compile zero""".split()
 
 @contextmanager
 def writing(path):
-    """Context that only writes `path`: an error there, as a full disk, is the user's."""
+    """Context that only writes `path`: an error, as a full disk, is the user's."""
     try:
         yield
     except OSError as error:
@@ -1996,7 +1999,7 @@ def writing(path):
 
 @contextmanager
 def replacing(path):
-    """Write to a temporary name, the rank's own, then rename: a file is whole or absent."""
+    """Write to a name of the rank's own, then rename: a file is whole or absent."""
     temporary = Path(path).with_name(f".{Path(path).name}.{rank_and_world()[0]}.part")
     with writing(path):
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -2011,21 +2014,20 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, indent=1))
 
 def log_line(log, **values):
-    """Append one JSON object to the file `log`, of `open_log`, and print it, on rank 0."""
+    """Append one JSON object to the file of `open_log` and print it, on rank 0."""
     if is_main():
         with writing(log.name):
             print(json.dumps(values), file=log, flush=True)
         print("  ".join(f"{k} {v:.6g}" for k, v in values.items()), flush=True)
 
-def checksum(about, tensors):
-    """Of weights: of what is said about them, a dict, and {name: tensor}."""
+def checksum(about, tensors):  # of weights {name: tensor} and what is said about them
     result = zlib.crc32(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         result = zlib.crc32(tensor.numpy(), zlib.crc32(name.encode(), result))
     return result
 
 def save_weights(path, model, config, facts="", dtype=torch.float32):
-    """Write safetensors that `load_model` reads. facts: a line about the weights to tell."""
+    """Write safetensors for `load_model`. facts: a line about the weights to tell."""
     tensors = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     about = {"model": type(model).__name__, "config": asdict(config), "facts": facts}
     about["crc32"] = checksum(about, tensors)
@@ -2167,18 +2169,20 @@ def convert_official(content, unet_config=None):
     config = replace(PRESETS["paper"], latents="gaussian", loss_weights="released")
     if "vae_image" in content:
         bias = "image_encoder.layers.0.down_blocks.{}.resnets.0.conv1.bias"
-        shape = SD_VAE | {"block_out_channels": [len(tensors[bias.format(i)]) for i in range(4)]}
-        config = replace(config, encoder_json=json.dumps(shape))
+        widths = [len(tensors[bias.format(i)]) for i in range(4)]
+        shape = json.dumps(SD_VAE | {"block_out_channels": widths})
+        config = replace(config, encoder_json=shape)
     if unet_config:
         attention = tuple(int("Attn" in name) for name in unet_config["down_block_types"])
-        config = replace(config, size=8 * unet_config["sample_size"], unet_attention=attention,
+        config = replace(config, size=8 * unet_config["sample_size"],
+                         unet_attention=attention,
                          unet_widths=tuple(unet_config["block_out_channels"]),
                          unet_layers=unet_config["layers_per_block"],
                          unet_heads=unet_config["attention_head_dim"])
     return config, tensors
 
 def load_official(path, unet_config=None):
-    """The authors' ae.pt -> MaskAutoencoder, ldmseg.pt -> LDMSeg, with "ema" as its UNet."""
+    """The authors' ae.pt -> MaskAutoencoder, ldmseg.pt -> LDMSeg, "ema" as its UNet."""
     # their settings may be an EasyDict, read as a dict: nothing is imported or run
     settings = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])
     with reading(path, "file of the authors (a run is given by its folder)"), settings:
@@ -2192,9 +2196,9 @@ def load_official(path, unet_config=None):
     return model
 
 def load_model(path="photos", device="cpu", kind=nn.Module):
-    """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one of
-    SHIPPED ("photos": photographs; "tiny": generated scenes) or the authors' .pt files;
-    `.config` is its Config, `.facts` a line about it. UserError unless a `kind`, and finite."""
+    """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one
+    of SHIPPED ("photos": photographs; "tiny": generated scenes) or the authors' .pt files.
+    `.config` is its Config, `.facts` a line about it. UserError unless it is a `kind`."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     file = file if file.exists() else SHIPPED.get(str(path), file)
     if file.suffix == ".pt":
@@ -2206,12 +2210,13 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
             written = about.pop("crc32", None)
             require(written in (None, checksum(about, tensors)), "damaged: another checksum")
             stored = about["config"]  # another version's may have other fields
-            values = {f.name: f.type(stored[f.name]) for f in fields(Config) if f.name in stored}
-            config = replace(PRESETS[stored["preset"]], **values)
-            kinds = {known.__name__: known for known in (LDMSeg, Pix2SeqD, MaskAutoencoder)}
+            known = {f.name: f.type for f in fields(Config) if f.name in stored}
+            config = replace(PRESETS[stored["preset"]], **{
+                name: kind(stored[name]) for name, kind in known.items()})
+            kinds = {one.__name__: one for one in (LDMSeg, Pix2SeqD, MaskAutoencoder)}
             model = kinds[about["model"]](config)
             model.facts = about.get("facts", "")
-            model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+            model.load_state_dict({name: t.float() for name, t in tensors.items()})
     for name, tensor in model.state_dict().items():
         require(tensor.isfinite().all(), f"{path}: {name} has values that are not finite")
     ours = type(model).__name__
@@ -2249,11 +2254,11 @@ def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None, b
 
 @torch.no_grad()
 def evaluate(predict, tasks, dataset, config, device, pictures=0, **options):
-    """{task: metric's result} over a data set, untouched, and all ranks; (record, {task: map})
-    of the first `pictures` images. predict: a batch -> {task: outputs (B, ...)}."""
-    metrics = {task: DepthQuality() if task == "depth" else
-               PanopticQuality(dataset.categories, task == "instance") for task in tasks}
-    shown = []
+    """{task: metric's result} over a data set and all ranks; (record, {task: map}) of the
+    first `pictures` images. predict: a batch -> {task: outputs (B, ...)}."""
+    shown, metrics = [], {
+        task: DepthQuality() if task == "depth" else
+        PanopticQuality(dataset.categories, task == "instance") for task in tasks}
     for records, batch in evaluation_batches(dataset, config, device, **options):
         outputs = predict(batch)
         for i, record in enumerate(records):
@@ -2284,24 +2289,26 @@ def align_ids(ids, truth):
                 renamed[ours] = id
     return renamed
 
-PALETTE = np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + 0.25 * (i % 3),
-                                        0.95 - 0.3 * (i % 2)) for i in range(1, 256)])
+PALETTE = np.uint8([
+    255 * np.array(colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + i % 3 / 4, 0.95 - 0.3 * (i % 2)))
+    for i in range(1, 256)])
 
 def colorize(drawn, truth=None, image=None):
-    """Map (H, W) -> uint8 (H, W, 3). Ids: a colour each, of the segment of `truth` it matches,
-    over `image`; VOID grey stripes or the image. Depth (float): bright to dark, NaN black."""
+    """Map (H, W) -> uint8 (H, W, 3). Ids: a colour each, of the segment of `truth` that it
+    matches, over `image`; VOID grey stripes or the image. Depth: bright to dark."""
     if drawn.dtype.kind == "f":
         low, high = np.nanmin(drawn), np.nanmax(drawn)
         near = (high - drawn[..., None]) / max(high - low, 1e-9)
         return np.nan_to_num(near * (215, 190, 60) + (40, 30, 90)).astype(np.uint8)
     ids = drawn if truth is None else align_ids(drawn, truth)
-    picture, stripe = np.empty((*ids.shape, 3), np.uint8), max(2, len(ids) // 32)
-    for y, row in enumerate(ids):  # row by row, or a photograph's would take gigabytes
-        grey = 0.2 + 0.15 * ((y + np.arange(len(row))) // stripe % 2)
-        rgb = np.where(row[:, None] == VOID, grey[:, None], PALETTE[(row - 1) % 255])
-        if image is not None:
-            over = np.where(row[:, None] == VOID, 1, 0.45)
-        picture[y] = 255 * rgb if image is None else over * image[y] + (1 - over) * 255 * rgb
+    picture, stripe = PALETTE[(ids - 1) % 255], max(2, len(ids) // 32)
+    for y, row in enumerate(picture):  # row by row: all floats would take gigabytes
+        void = ids[y] == VOID
+        if image is None:
+            row[void] = 51 + 38 * ((y + np.flatnonzero(void)) // stripe % 2)[:, None]
+        else:
+            row[~void] = 0.45 * image[y, ~void] + 0.55 * row[~void]
+            row[void] = image[y, void]
     return picture
 
 def save_grid(path, titles, rows, width=192):
@@ -2317,14 +2324,15 @@ def save_grid(path, titles, rows, width=192):
     write_png(path, np.asarray(canvas))
 
 def keep_inputs(out, *folders):
-    """UserError where results in --out would be written among the inputs in these folders."""
-    for result in (Path(out, name).resolve() for name in ("panoptic", "overlay", "depth")):
-        inside = [f for f in folders if result in (Path(f).resolve(), *Path(f).resolve().parents)]
-        require(not inside, f"--out {out}: results would replace inputs in {inside[:1]}; use "
-                "another --out")
+    """UserError where results in --out would be among the inputs in these folders."""
+    results = {Path(out, name).resolve() for name in ("panoptic", "overlay", "depth")}
+    for folder in map(Path, folders):
+        above = {folder.resolve(), *folder.resolve().parents}
+        require(not results & above, f"--out {out}: results would replace inputs in "
+                f"{folder}; use another --out")
 
 def write_panoptic(out, name, record, ids, segments):
-    """Write panoptic/NAME.png and overlay/NAME.png -> its two entries of panoptic.json."""
+    """panoptic/NAME.png and overlay/NAME.png -> two entries of panoptic.json."""
     name = str(Path(name).with_suffix(".png"))
     write_png(Path(out, "panoptic", name), id2rgb(ids))
     write_png(Path(out, "overlay", name), colorize(ids, image=record["image"]))
@@ -2333,7 +2341,7 @@ def write_panoptic(out, name, record, ids, segments):
     return image, {"image_id": image["id"], "file_name": name, "segments_info": segments}
 
 def write_panoptic_json(out, entries, categories=""):
-    """panoptic.json of `write_panoptic`'s entries, in the COCO format; categories: JSON."""
+    """panoptic.json of `write_panoptic`'s entries; categories: JSON."""
     images, annotations = zip(*entries)
     categories = json.loads(categories or '[{"id": 1, "name": "segment", "isthing": 1}]')
     write_json(Path(out, "panoptic.json"), {

@@ -115,7 +115,7 @@ def pq_update(folder):
         "decoding the files": lambda: [decode_png(read_file(f)) for pair in files for f in pair],
         "update on arrays": lambda: [metric.update(*image) for image in images],
         "update from PNG files": lambda: [
-            metric.update(read_image(gt), image[1], read_image(pred), image[3])
+            metric.update(read_image(gt, True), image[1], read_image(pred, True), image[3])
             for (gt, pred), image in zip(files, images)],
     }  # fmt: skip
     try:

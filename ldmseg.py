@@ -1007,14 +1007,15 @@ class LDMSeg(nn.Module):
         timesteps, x0, given = self.timesteps(steps), torch.zeros_like(z_t), ids * known
         task = self.config.trained_tasks.index("instance")
 
-        # given segments take the ids that a first estimate without them has there
+        # given segments take the ids that an estimate without them has there
+        feed_back, estimate = bool(self.config.self_condition), x0
         if self.matched:
-            _, estimate, _ = self.predict(z_t, z_image, x0, timesteps[0][0], task)
+            for _ in range(3 if feed_back else 1):  # each pass reads the last one's estimate
+                _, estimate, _ = self.predict(z_t, z_image, estimate, timesteps[0][0], task)
             given, _ = self.match_to(given, estimate)
 
         # z_t_masked = f_t(y) * s; m at 1/8
         z_known, touched, complete = self.encode_known(given, known)
-        feed_back = bool(self.config.self_condition)
         touched = touched & (feed_back or self.config.given_share > 0)  # or it never saw hints
         for t, t_next in timesteps:
             for repeat in range(repeats):

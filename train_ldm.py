@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 8 train_ldm.py --preset paper --data coco/ --accumulate 2
 
 The same command again resumes. Leaves model.safetensors, config.json, log.jsonl, checkpoint.pt
-and pictures (image | truth | autoencoder alone | prediction) in the run folder.
+and pictures (image | truth | autoencoder alone | each task) in the run folder.
 """
 
 import json

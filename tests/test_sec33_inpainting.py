@@ -99,9 +99,12 @@ def test_where_all_is_known_the_mask_is_encoded_and_decoded(model):
     logits = model.inpaint(image, ids, torch.ones_like(known), NOISE, 4, 3)
     torch.testing.assert_close(logits, model.autoencoder.reconstruct(ids))
 
-def test_given_segments_take_the_ids_of_a_first_estimate_and_the_callers_come_back(model):
+@pytest.mark.parametrize("self_condition, passes", [(0.5, 3), (0.0, 1)])
+def test_given_segments_take_the_ids_of_an_estimate_and_the_callers_come_back(
+        model, self_condition, passes):
     """A decoder that copies what was pasted: each id's own logit is the highest where given."""
-    model.config, inside = replace(model.config, ids="matched"), []
+    model.config, inside = replace(
+        model.config, ids="matched", self_condition=self_condition), []
     model.id_latents, (image, _, _) = gaussian(8, 4), situation()
     ids = torch.randint(1, 8, (3, 4, 4), generator=torch.Generator().manual_seed(2))
     model.encode_mask = lambda ids: inside.append(ids) or model.id_latents[
@@ -111,8 +114,10 @@ def test_given_segments_take_the_ids_of_a_first_estimate_and_the_callers_come_ba
     logits = model.inpaint(image, ids, torch.ones_like(ids, dtype=torch.bool), NOISE, 2)
     generators = [random_generator(seed, "noise", position) for seed, position in NOISE]
     eps = gaussian_latents(generators, model.config, "cpu")
+    estimate = 0 * eps
     with torch.no_grad():
-        _, estimate, _ = model.predict(eps, model.encode_image(image), 0 * eps, 999)
+        for _ in range(passes):
+            _, estimate, _ = model.predict(eps, model.encode_image(image), estimate, 999)
     new_ids = match_ids(ids, estimate, model.id_latents)
     assert torch.equal(inside[0], new_ids.gather(1, ids.flatten(1)).view_as(ids))
     assert not torch.equal(inside[0], ids) and torch.equal(logits.argmax(1), ids)

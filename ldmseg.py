@@ -1480,12 +1480,11 @@ def index_entries(kind, entries, fields):
         for name, allowed in fields.items():
             value = entry.get(name) if allowed is str else number(entry.get(name))
             is_type = isinstance(allowed, (type, UnionType))
-            fits = isinstance(value, allowed) if is_type else value in allowed
-            require(fits, f"{kind}: {name} is {value!r}, expected {allowed}")
+            if not (isinstance(value, allowed) if is_type else value in allowed):
+                raise UserError(f"{kind}: {name} is {value!r}, expected {allowed}")
             entry[name] = value
-        id = entry[key]
-        require(id not in index, f"{kind}: {key} {id!r} twice, expected once")
-        index[id] = entry
+        require(entry[key] not in index, f"{kind}: {key} {entry[key]!r} twice, expected once")
+        index[entry[key]] = entry
     return index
 
 def read_coco(path, category_ids=None):

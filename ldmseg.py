@@ -1010,7 +1010,8 @@ class LDMSeg(nn.Module):
         # given segments take the ids that an estimate without them has there
         feed_back, estimate = bool(self.config.self_condition), x0
         if self.matched:
-            for _ in range(3 if feed_back else 1):  # each pass reads the last one's estimate
+            # each pass reads the last one's estimate; more than three bring nothing
+            for _ in range(3 if feed_back else 1):
                 _, estimate, _ = self.predict(z_t, z_image, estimate, timesteps[0][0], task)
             given, _ = self.match_to(given, estimate)
 
@@ -1164,9 +1165,9 @@ class PanopticQuality:
         self.state = sum_over_ranks(torch.from_numpy(self.state).to(device)).cpu().numpy()
 
     def update(self, gt_ids, gt_segments, pred_ids, pred_segments):
-        """Count an image: int ids (H, W) or COCO's colours uint8 (H, W, 3), segments_info.
-        NOTE: the reference takes the truth's areas from the JSON; here pixels are counted,
-        because the two can differ."""
+        """Count an image: int ids (H, W) or COCO's colours uint8 (H, W, 3), 0 = VOID, and
+        segments_info. UserError where the prediction's disagree. NOTE: the reference takes the
+        truth's areas from the JSON; here pixels are counted, because the two can differ."""
         size, shape = gt_ids.shape[:2], pred_ids.shape
         require(shape[:2] == size, f"the prediction is {shape}, expected {size}")
         sides = (gt_ids, gt_segments), (pred_ids, pred_segments)
@@ -1407,18 +1408,18 @@ def reading(place, what):
 
 def read_image(path, exact=False):
     """Image file -> uint8 (H, W, 3), turned as its EXIF tag says. exact: of a mask, which must
-    be a PNG of 8 bits. Grey of more is scaled; white is the first of 1, 255, 4095, 65535 that
-    is not below its highest value, or that."""
+    be a PNG of 8 bits. Grey of more bits is scaled; white is the first of 1, 255, 4095, 65535
+    and its highest value that is not below that."""
     with reading(path, "image"):
         require(Path(path).is_file() or not Path(path).exists(), "no regular file")
         data = Path(path).read_bytes()
         if exact:
             fits = data.startswith(b"\x89PNG") and data[24] <= 8
             require(fits, "expected a PNG of 8 bits per channel")
-            from torchvision.io import ImageReadMode, decode_png  # faster than Pillow
-            data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            image = decode_png(data, ImageReadMode.RGB, apply_exif_orientation=True)
-            return image.permute(1, 2, 0).numpy()
+            if b"eXIf" not in data and b"XML:com.adobe.xmp" not in data:  # faster than Pillow
+                from torchvision.io import ImageReadMode, decode_png
+                data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                return decode_png(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
         image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
         if image.mode[0] in "IF":  # integers of over 8 bits, floats
             values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
@@ -1436,8 +1437,8 @@ def read_depth(path, size):
         fits = depth.dtype.name in ("uint16", "float16", "float32", "float64")
         require(fits and depth.shape == size, f"{depth.dtype} {depth.shape}, expected "
                 f"16-bit integers or floats {size}")
-        known = (depth > 0) & np.isfinite(depth)
-        return np.where(known, depth, np.nan).astype(np.float32)
+        depth = depth.astype(np.float32)
+        return np.where((depth > 0) & np.isfinite(depth), depth, np.float32(np.nan))
 
 def draw_instances(segments, size):
     """COCO polygons or RLE of segments -> ids int32 (H, W) = size, the smaller on top."""
@@ -1483,14 +1484,15 @@ def index_entries(kind, entries, fields):
             if not (isinstance(value, allowed) if is_type else value in allowed):
                 raise UserError(f"{kind}: {name} is {value!r}, expected {allowed}")
             entry[name] = value
-        require(entry[key] not in index, f"{kind}: {key} {entry[key]!r} twice, expected once")
+        if entry[key] in index:
+            raise UserError(f"{kind}: {key} {entry[key]!r} twice, expected once")
         index[entry[key]] = entry
     return index
 
 def read_coco(path, category_ids=None):
     """A COCO JSON -> its categories, images, annotations, each {id: entry}, checked.
     Instances become segments 1, 2, ... of an annotation with "file_name" "". category_ids:
-    of segments, int or a set, by default the file's."""
+    of segments, int or a set, and no categories; by default the file's."""
     with reading(path, "annotation file"):
         data = json.loads(Path(path).read_text("utf-8-sig"))
         annotations, listed = data.get("annotations", ()), data.get("categories", ())
@@ -1515,7 +1517,8 @@ def read_coco(path, category_ids=None):
             name = entry["file_name"].replace("\\", "/")
             leaves = name.startswith("/") or ".." in name.split("/")
             entry["file_name"] = os.path.basename(name) if leaves else name
-        json.dumps([listed, images], ensure_ascii=False).encode()  # half a character: an error
+            name.encode()  # of half a character: an error, as below
+        json.dumps(listed, ensure_ascii=False).encode()
     return categories, images, annotations
 
 class PanopticDataset(Dataset):
@@ -1546,7 +1549,7 @@ class PanopticDataset(Dataset):
         if not (self.image_dir / name).is_file():
             paths = self.paths[os.path.basename(name).replace("_gtFine", "")]  # Cityscapes
             require(len(paths) == 1, f"{self.image_dir / name}: no such image, its name is "
-                    f"{len(paths)} times below {self.image_dir}: {paths}")
+                    f"{len(paths)} times below {self.image_dir}: {paths}; --images names a folder")
             name = paths[0]
         image = read_image(self.image_dir / name)
         size = image.shape[:2]
@@ -1577,8 +1580,8 @@ class PanopticDataset(Dataset):
 
 def open_dataset(data, split, images, size, kind, depth=False):
     """The data set of --data, --split and --images: "shapes" at `size` pixels, a folder with
-    COCO JSONs, or a JSON, with {split} in its path for each. split None: the only one that
-    starts with `kind`, "train" or "val", or is alone."""
+    COCO JSONs, or a JSON, in whose path {split} stands for the split. split None: the only one
+    that starts with `kind`, "train" or "val", or is alone."""
     path, flag = Path(data), "--train-split" if kind == "train" else "--split"
     if data == "shapes":
         return ShapeScenes(split or kind, size)
@@ -1599,7 +1602,8 @@ def open_dataset(data, split, images, size, kind, depth=False):
     found = [name for name in file_of if name == split or not split and (
         name.startswith(kind) or len(file_of) == 1)]
     require(len(found) == 1, f"--data {data}: {flag} {split or 'not given'}, expected one "
-            f"of {list(file_of)}, its COCO JSONs; or --data a JSON, and --images")
+            f"of {list(file_of)}, from annotations/panoptic_*.json, instances_*.json or a COCO "
+            "JSON in it; or --data a JSON, and --images")
     folders = [path / found[0], path / "images" / found[0],
                *sorted(path.glob(f"{found[0]}[!_]*")), path / "images", path]
     folder = next(f for f in folders if f.is_dir())
@@ -1746,14 +1750,14 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
         "--split": dict(help="to evaluate (default: the data's only val*)"),
         "--limit": dict(help="only the first N images", type=whole_number, metavar="N")},
     "model": {
-        "--weights": dict(help="run folder, file, tiny (default for scenes) or photos")},
+        "--weights": dict(help="run folder, file, tiny (default for scenes) or photos (others)")},
     "training": {
         "--train-split": dict(help="default: the data's only train*"),
         "--preset": dict(help="where the Config starts", choices=PRESETS, default="tiny"),
         "--set": dict(help="Config fields, listed below", metavar="FIELD=VALUE",
                       nargs="+", action="extend", default=[]),
         "--accumulate": dict(help="micro-batches per step", type=whole_number, default=1),
-        "--eval-every": dict(help="steps until evaluation", type=whole_number, default=500),
+        "--eval-every": dict(help="steps between evaluations", type=whole_number, default=500),
         "--on-bad-sample": dict(help="stop at one that cannot be read, or leave it out",
                                 choices=("error", "skip"), default="error"),
         "--fresh": dict(help="start over in a run folder", action="store_true")},
@@ -1762,7 +1766,7 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
         "--sampler": dict(help="ddpm: fresh noise", choices=SAMPLERS, default="ddim"),
         "--task": dict(help="default: all that they know", choices=("panoptic", *TASKS))},
     "machine": {
-        "--device": dict(help="cuda, cuda:1, cpu, ... (default: cuda if there)"),
+        "--device": dict(help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)"),
         "--amp": dict(help="default: bf16 on cuda, else off", choices=AMP),
         "--seed": dict(help="of everything random", type=from_zero, default=0),
         "--workers": dict(help="processes that load data", type=from_zero,
@@ -1793,9 +1797,9 @@ def training_command(description, stage, model_flags):
     lines = ["fields of --set, with the values of --preset tiny, and what is allowed:"]
     for name, f in stage_fields(stage).items():
         value = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        allowed = f.metadata["allowed"] or "any"
-        if f.type is not str:
-            allowed = "{:g} to {:g}".format(*allowed)
+        allowed = f.metadata["allowed"] or ["any"]
+        between = ", " if f.type is str else " to "
+        allowed = between.join(a if isinstance(a, str) else f"{a:g}" for a in allowed)
         lines.append(f"  {f'{name}={value}':34} {f.metadata['help']} ({allowed})")
     data = {"--data": dict(help="shapes (generated), COCO-layout folders or COCO JSONs",
                            nargs="+", default=["shapes"]),
@@ -1887,14 +1891,16 @@ def progress(iterable, description, **options):
     return tqdm(iterable, description, leave=False, disable=hidden, **options)
 
 def training_steps(start, stop, description):
-    """Yields (step, caught): the first Ctrl-C or SIGTERM only joins the list `caught`, so
-    that no step is cut in two; the next one does what it always does."""
+    """Yields (step, caught): the first Ctrl-C and the first SIGTERM only join the list
+    `caught`, so that no step is cut in two; the next of each does what it always does."""
     caught, launcher = [], os.getppid()
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     def catch(number, _):
         caught.append(number)
         signal.signal(number, before[number])
-    before = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, catch)
         for step in progress(range(start, stop), description, total=stop, initial=start):
             if "RANK" in os.environ and os.getppid() != launcher:
                 caught.append("torchrun, which was killed")
@@ -1946,8 +1952,8 @@ def training_state(model, lr, config, amp, device):  # all that a run needs to g
             "optimizer": make_optimizer(model, lr, config), "scaler": scaler}
 
 def update_weights(state, lr, max_norm):
-    """An optimizer step and that of the averages. Returns False where gradients were not
-    finite, on any rank, and nothing was changed."""
+    """An optimizer step of a `training_state` and its averages. Returns False where gradients
+    were not finite, on any rank, and nothing was changed."""
     optimizer, scaler = state["optimizer"], state["scaler"]
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -2198,7 +2204,7 @@ def load_official(path, unet_config=None):
 def load_model(path="photos", device="cpu", kind=nn.Module):
     """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one
     of SHIPPED ("photos": photographs; "tiny": generated scenes) or the authors' .pt files.
-    `.config` is its Config, `.facts` a line about it. UserError unless it is a `kind`."""
+    `.config` is its Config, `.facts` a line about it. UserError unless a `kind`, and finite."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     file = file if file.exists() else SHIPPED.get(str(path), file)
     if file.suffix == ".pt":
@@ -2295,7 +2301,8 @@ PALETTE = np.uint8([
 
 def colorize(drawn, truth=None, image=None):
     """Map (H, W) -> uint8 (H, W, 3). Ids: a colour each, of the segment of `truth` that it
-    matches, over `image`; VOID grey stripes or the image. Depth: bright to dark."""
+    matches, over `image`; VOID grey stripes or the image. Depth, float: bright to dark, NaN
+    black."""
     if drawn.dtype.kind == "f":
         low, high = np.nanmin(drawn), np.nanmax(drawn)
         near = (high - drawn[..., None]) / max(high - low, 1e-9)

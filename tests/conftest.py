@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are forked, which a GPU does not survive
+
 import numpy as np
 import pytest
 import torch

@@ -41,7 +41,8 @@ def test_set_converts_to_the_fields_type():
 
 @pytest.mark.parametrize("stage, assignment, message", [
     ("ldm", "ldm_rl=1", "no field of stage ldm.*ldm_lr"), ("ae", "bits", "not a readable int"),
-    ("ae", "bits=few", "int .*'few'"), ("ae", "unet_widths=8,8", "no field of stage ae")])
+    ("ae", "bits=few", "int .*'few'"), ("ae", "ae_widths=8,x", "tuple .*'x'"),
+    ("ae", "unet_widths=8,8", "no field of stage ae")])
 def test_set_names_what_it_cannot_use(stage, assignment, message):
     with pytest.raises(UserError, match=f"^--set {assignment.split('=')[0]}.*: .*{message}"):
         override(Config(), [assignment], stage)

@@ -544,6 +544,12 @@ def test_training_with_lite0_starts_from_the_shipped_layers_and_keeps_them(
     train_ldm.main([*ldm_command(data, tiny_run.ae, tmp_path), "--image-encoder", "lite0"])
     ours, shipped = (load_model(run).image_encoder.layers for run in (tmp_path, "photos"))
     torch.testing.assert_close(ours.state_dict(), shipped.state_dict(), rtol=0, atol=0)
+    content = torch.load(tmp_path / "checkpoint.pt")
+    names = [n for n in content["model"] if n.startswith("image_encoder.projection")]
+    assert len(names) == 6  # of two convolutions and a norm, which learn; the layers do not
+    learned = sum(len(group["params"]) for group in content["optimizer"]["param_groups"])
+    frozen = ("autoencoder", "image_encoder.layers")
+    assert learned == sum(not n.startswith(frozen) for n in content["model"])
 
 def test_an_encoder_is_a_class_and_its_name_in_one_dict(data, tiny_run, tmp_path, monkeypatch):
     class Brightness(nn.Module):

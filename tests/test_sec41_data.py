@@ -336,6 +336,7 @@ def test_an_image_is_turned_as_its_exif_tag_says(tmp_path, orientation, turns):
     for suffix in ("png", "tif"):
         image.save(tmp_path / f"a.{suffix}", exif=exif)
         assert np.array_equal(read_image(tmp_path / f"a.{suffix}")[..., 0], shown)
+    assert np.array_equal(read_image(tmp_path / "a.png", exact=True)[..., 0], shown)
 
 GREY_VALUES = np.arange(0, 256, 5, np.uint8).reshape(4, 13)
 
@@ -416,6 +417,7 @@ DAMAGE = [
     (INSTANCES, shape(None), "image 4: segmentation None: a box without an outline"),
     (INSTANCES, lambda c: c["images"][1].update(height=60), "*(60, 9) pixels, expected (6, 9)"),
     (INSTANCES, lambda c: c["images"][1].update(file_name="a\ud800"), "not a readable annotation"),
+    (INSTANCES, lambda c: c["categories"][0].update(name="\ud800"), "not a readable annotation"),
     (INSTANCES, lambda c: c["annotations"][1].update(iscrowd=2),
      "image 4: segment: iscrowd is 2, expected (0, 1, None)"),
     (PANOPTIC, segment(id=5), "image 11: segment: id 5 twice, expected once"),

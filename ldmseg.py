@@ -1179,8 +1179,7 @@ class PanopticQuality:
         change = np.zeros(math.prod(size), bool)
         for ids, _ in sides:
             flat, channels = ids.ravel(), ids.size // change.size
-            differs = flat[channels:] != flat[:-channels]
-            change[np.flatnonzero(differs) // channels + 1] = True
+            change[np.flatnonzero(flat[channels:] != flat[:-channels]) // channels + 1] = True
         start = np.append(0, np.flatnonzero(change))
 
         # pixels of each pair of segments; row and column 0: of ids in no list, 1: VOID

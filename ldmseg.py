@@ -1226,16 +1226,16 @@ class PanopticQuality:
         result = {}
         for name, group in ("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing):
             n = int(group.sum())
-            means = {k: v[group].sum().item() / max(n, 1) for k, v in scores.items()}
-            result[name] = means | {"n": n}
+            result[name] = {k: v[group].sum().item() / max(n, 1) for k, v in scores.items()}
+            result[name]["n"] = n
         scores |= {"tp": tp.astype(int), "fp": fp.astype(int), "fn": fn.astype(int)}
         result["per_class"] = {str(c["id"]): {k: v[row].item() for k, v in scores.items()}
                                for row, c in enumerate(self.categories) if seen[row]}
         if not self.class_agnostic:
             union = truth + predicted - both
-            iou = (both / union.clip(min=1)).sum() / max((union > 0).sum(), 1)
+            miou = (both / union.clip(min=1)).sum() / max((union > 0).sum(), 1)
             accuracy = both.sum() / max(truth.sum(), 1)
-            result |= {"miou": iou.item(), "pixel_accuracy": accuracy.item()}
+            result |= {"miou": miou.item(), "pixel_accuracy": accuracy.item()}
         return result
 
 def panoptic_quality(truth, prediction):
@@ -1447,7 +1447,7 @@ def draw_instances(segments, size):
     coco, masks, ids = COCO(), {}, np.zeros(size, np.int32)
     coco.imgs = {0: {"height": size[0], "width": size[1]}}
     for segment in segments:
-        shape, whole = segment.get("segmentation"), f"expected the {size} pixels of its image"
+        shape, expected = segment.get("segmentation"), f"expected the {size} pixels of its image"
         with reading(f"segmentation {str(shape)[:60]}", "polygon [[x, y, ...]] or RLE"):
             require(shape, "a box without an outline, expected polygons or RLE")
             for xy in shape if isinstance(shape, list) else ():  # infinity would hang
@@ -1456,10 +1456,10 @@ def draw_instances(segments, size):
             if isinstance(shape, dict):  # another size crashes, another sum shifts
                 counts = shape["counts"]
                 fits = isinstance(counts, str) or sum(counts) == math.prod(size)
-                require(fits and (*shape["size"],) == size, whole)
+                require(fits and (*shape["size"],) == size, expected)
             rle = coco.annToRLE({"image_id": 0, "segmentation": shape})
             mask = masks[segment["id"]] = decode(rle) > 0  # undefined after the last run
-            require(mask.sum() == area(rle), whole)
+            require(mask.sum() == area(rle), expected)
     for id in sorted(masks, key=lambda id: -masks[id].sum()):
         ids[masks[id]] = id
     return ids
@@ -1516,7 +1516,7 @@ def read_coco(path, category_ids=None):
             name = entry["file_name"].replace("\\", "/")
             leaves = name.startswith("/") or ".." in name.split("/")
             entry["file_name"] = os.path.basename(name) if leaves else name
-            name.encode()  # of half a character: an error, as below
+            name.encode()  # half a character is an error, in categories as well
         json.dumps(listed, ensure_ascii=False).encode()
     return categories, images, annotations
 
@@ -1557,12 +1557,12 @@ class PanopticDataset(Dataset):
         if mask_name:
             place = self.json_path.with_suffix("") / mask_name
             ids = rgb2id(read_image(place, exact=True))
-            listed = ids.shape
+            pixels = ids.shape
         else:
             with reading(place, "annotation"):
                 ids = draw_instances(segments, size)
-            listed = info.get("height", size[0]), info.get("width", size[1])
-        require(listed == size, f"{place}: {listed} pixels, expected {size}")
+            pixels = info.get("height", size[0]), info.get("width", size[1])
+        require(pixels == size, f"{place}: {pixels} pixels, expected {size}")
         flat = ids.ravel()
         found = set(np.unique(flat[starts_of_runs(flat)]).tolist()) - {VOID}
 
@@ -1815,12 +1815,11 @@ def override(config, assignments, stage):
     known, changes = stage_fields(stage), {}
     for assignment in assignments:
         name, _, text = assignment.partition("=")
-        near, *_ = difflib.get_close_matches(name, known, 1) or ["one that -h lists"]
-        require(name in known, f"--set {name}: no field of stage {stage}, expected {near}")
+        near = difflib.get_close_matches(name, known, 1) or ["one that -h lists"]
+        require(name in known, f"--set {name}: no field of stage {stage}, expected {near[0]}")
         kind = known[name].type
         with reading(f"--set {assignment}", kind.__name__):
-            value = map(int, text.split(",")) if kind is tuple else text
-            changes[name] = kind(value)
+            changes[name] = tuple(map(int, text.split(","))) if kind is tuple else kind(text)
     defaults = PIXELS if changes.get("space") == "pixels" else {}
     return replace(config, **defaults | changes)
 
@@ -2215,9 +2214,8 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
             written = about.pop("crc32", None)
             require(written in (None, checksum(about, tensors)), "damaged: another checksum")
             stored = about["config"]  # another version's may have other fields
-            known = {f.name: f.type for f in fields(Config) if f.name in stored}
-            config = replace(PRESETS[stored["preset"]], **{
-                name: kind(stored[name]) for name, kind in known.items()})
+            values = {f.name: f.type(stored[f.name]) for f in fields(Config) if f.name in stored}
+            config = replace(PRESETS[stored["preset"]], **values)
             kinds = {one.__name__: one for one in (LDMSeg, Pix2SeqD, MaskAutoencoder)}
             model = kinds[about["model"]](config)
             model.facts = about.get("facts", "")
@@ -2261,9 +2259,9 @@ def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None, b
 def evaluate(predict, tasks, dataset, config, device, pictures=0, **options):
     """{task: metric's result} over a data set and all ranks; (record, {task: map}) of the
     first `pictures` images. predict: a batch -> {task: outputs (B, ...)}."""
-    shown, metrics = [], {
-        task: DepthQuality() if task == "depth" else
-        PanopticQuality(dataset.categories, task == "instance") for task in tasks}
+    metrics = {task: DepthQuality() if task == "depth" else
+               PanopticQuality(dataset.categories, task == "instance") for task in tasks}
+    shown = []
     for records, batch in evaluation_batches(dataset, config, device, **options):
         outputs = predict(batch)
         for i, record in enumerate(records):
@@ -2307,9 +2305,10 @@ def colorize(drawn, truth=None, image=None):
         near = (high - drawn[..., None]) / max(high - low, 1e-9)
         return np.nan_to_num(near * (215, 190, 60) + (40, 30, 90)).astype(np.uint8)
     ids = drawn if truth is None else align_ids(drawn, truth)
-    picture, stripe = PALETTE[(ids - 1) % 255], max(2, len(ids) // 32)
-    for y, row in enumerate(picture):  # row by row: all floats would take gigabytes
+    picture, stripe = np.empty((*ids.shape, 3), np.uint8), max(2, len(ids) // 32)
+    for y, row in enumerate(picture):  # row by row: indices and floats would take gigabytes
         void = ids[y] == VOID
+        row[:] = PALETTE[(ids[y] - 1) % 255]
         if image is None:
             row[void] = 51 + 38 * ((y + np.flatnonzero(void)) // stripe % 2)[:, None]
         else:

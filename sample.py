@@ -199,7 +199,7 @@ def main(argv=None):
             shown = model, first[:4], torch.stack(images[:4]), single, args
             draw_denoising(*shown, out / "denoising.png")
             draw_noises(*shown, out / "noises.png")
-    print(f"results -> {out}/ (see {', '.join(sorted(path.name for path in out.glob('*.png')))})")
+    print(f"results -> {out}/ (see grid.png{'' if args.video else ', denoising.png, noises.png'})")
 
 
 if __name__ == "__main__":

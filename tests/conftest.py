@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are forked, which a GPU does not survive
-
 import numpy as np
 import pytest
 import torch
@@ -55,6 +53,7 @@ def pytest_configure(config):
     """pycocotools 2.0.11 warns of NumPy 2 at every mask that it decodes. Models as small as the
     tests' gain nothing from a second thread; on busy cores the threads wait for each other."""
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are forked, which a GPU does not survive
     train_ae.latent_std = partial(train_ae.latent_std, count=16)  # of 128, half of a run's time
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
 

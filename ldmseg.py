@@ -1294,7 +1294,7 @@ class ShapeScenes(Dataset):
     def __init__(self, split, size):
         require(split in self.LENGTH, f"split {split!r} of shapes, expected train or val")
         self.split, centres = split, (np.arange(size, dtype=np.float32) + 0.5) / size
-        self.x, self.y = np.meshgrid(centres, centres)
+        self.x, self.y = centres[None], centres[:, None]  # to the right, down
 
     def __len__(self):
         return self.LENGTH[self.split]
@@ -1310,12 +1310,13 @@ class ShapeScenes(Dataset):
         layers = [*self.regions(rng), *self.things(rng, shift)]
 
         # paint from far to near, each layer with a contact shadow
-        ids, depth = np.zeros(self.x.shape, np.int64), np.zeros_like(self.x)
-        image = np.zeros((*self.x.shape, 3), np.float32)
+        shape = self.y.size, self.x.size
+        ids, depth = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        image = np.zeros((*shape, 3), np.float32)
         for id, (_, outline, colour, distance) in enumerate(layers, 1):
             inside = outline < 1
-            image[outline < 1.3] *= np.float32(0.72)
-            image[inside], ids[inside] = colour[inside], id
+            np.multiply(image, np.float32(0.72), image, where=(outline < 1.3)[..., None])
+            image[inside], ids[inside] = colour, id
             np.copyto(depth, distance, where=inside)
 
         # haze, contrast, noise
@@ -1334,7 +1335,8 @@ class ShapeScenes(Dataset):
                 "image_id": number, "file_name": f"{self.split}{number:06d}.png"}
 
     def regions(self, rng):
-        """One to three, far to near: name, outline (H, W), colour (H, W, 3), distance."""
+        """One to three, far to near: name, outline (H, W), colours of its P pixels (P, 3),
+        distance (broadcasts to (H, W))."""
         x, y, near = self.x, self.y, 0.75 + self.y  # waves are longer where it is near
         names = [NAMES[rng.integers(2)], *rng.permutation(NAMES[2:5])]
         tops = np.sort(rng.permutation(rng.uniform((0.2, 0.5), (0.5, 0.75)))[: rng.integers(3)])
@@ -1346,7 +1348,9 @@ class ShapeScenes(Dataset):
             waves = sin(across * x / near + bend * sin(9 * y + c) + d) * sin(down * y / near + e)
             colour = np.float32(0.55 * np.array(tint) + 0.45 * rng.uniform(0.1, 0.95, 3))
             distance = {"sky": 1.0, "hills": 0.9}.get(name, 0.95 - 0.75 * y)
-            yield name, 1 + 30 * (border - y), colour * (1 + contrast * waves[..., None]), distance
+            outline = 1 + 30 * (border - y)
+            colour = colour * (1 + contrast * waves[outline < 1][..., None])
+            yield name, outline, colour, distance
 
     def things(self, rng, shift):
         """Two to six from far to near, lit from one side; yields the same."""
@@ -1364,16 +1368,20 @@ class ShapeScenes(Dataset):
             right, down = shift[len(placed) - 1]
             dx = (self.x - placed[-1][0] - right) / radius
             dy = (self.y - placed[-1][1] - down) / radius
-            turned = (dx + 1j * dy) * complex(np.exp(2j * np.pi * rng.random()))
+            offset = dx + 1j * dy
+            turned = offset * complex(np.exp(2j * np.pi * rng.random()))
             name = str(rng.choice(list(THINGS), p=[0.16] * 6 + [0.04]))
             outline = THINGS[name](turned.real, turned.imag, np.hypot(dx, dy))
 
             # its colour, perhaps shared; plain, striped or checked; shaded, with a rim
             colour = palette[rng.integers(2)] if rng.random() < 0.4 else rng.uniform(0.1, 0.95, 3)
+            inside = outline < 1
+            offset, turned, rim = offset[inside], turned[inside], outline[inside] > 0.82
             bands = 0.3 * np.sign(sin(rng.uniform(4, 9) * turned.real))
             checks = bands * np.sign(sin(rng.uniform(4, 9) * turned.imag))
             paint = [0, 0, bands, checks][rng.integers(4)]
-            shade = 0.95 + 0.4 * (light * dx - 0.8 * dy) - 0.3 * (outline > 0.82) - 0.25 * distance
+            shade = 0.95 + 0.4 * (light * offset.real - 0.8 * offset.imag)
+            shade = shade - 0.3 * rim - 0.25 * distance
             colour = (np.float32(colour) * ((1 + paint) * shade)[..., None]).clip(0, 1)
             yield name, outline, colour, distance
 

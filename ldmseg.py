@@ -93,7 +93,7 @@ class Config:
     min_segment: int = knob(10, "smaller segments (pixels) are VOID in training", AMOUNT)
     # stage 1
     target: str = knob("ids", "what it compresses", ("ids", "depth"), None)
-    bits: int = knob(4, "N = 2 ** bits ids, VOID included", (1, 10))
+    bits: int = knob(4, "N = 2 ** bits ids, VOID too; stage 2: of space=pixels", (1, 10))
     codes: str = knob("bit", "of ids (Table S1)", ("bit", "colour", "positional"), "ae")
     ae_widths: tuple = knob((16, 32, 64, 128), "channels at 1/1 to 1/8", WIDTH, "ae")
     latent_channels: int = knob(8, "of the mask latents; paper: 4", WIDTH, "ae")

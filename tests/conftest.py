@@ -189,11 +189,11 @@ class StubUNet(nn.Module):
 
 @pytest.fixture
 def stub_model(monkeypatch):
-    """A function (output function, Config fields) -> LDMSeg whose UNet is a StubUNet."""
-    def build(function, **changes):
+    """A function (output function, class, Config fields) -> a model whose UNet is a StubUNet."""
+    def build(function, kind=ldmseg.LDMSeg, **changes):
         monkeypatch.setattr(ldmseg, "build_unet", lambda *_: StubUNet(function))
         torch.manual_seed(0)
-        return ldmseg.LDMSeg(small_config(**changes))
+        return kind(small_config(**changes))
 
     return build
 

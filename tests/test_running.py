@@ -34,15 +34,9 @@ from ldmseg import (
 
 # ---- configuration ----
 
-def test_set_converts_to_the_fields_type():
-    config = override(Config(), ["bits=7", "ae_lr=1e-3", "ae_widths=8,16,32,32"], "ae")
-    assert (config.bits, config.ae_lr, config.ae_widths) == (7, 1e-3, (8, 16, 32, 32))
-    assert override(Config(), ["prediction=eps"], "ldm").prediction == "eps"
-
 @pytest.mark.parametrize("stage, assignment, message", [
     ("ldm", "ldm_rl=1", "no field of stage ldm.*ldm_lr"), ("ae", "bits", "not a readable int"),
-    ("ae", "bits=few", "int .*'few'"), ("ae", "ae_widths=8,x", "tuple .*'x'"),
-    ("ae", "unet_widths=8,8", "no field of stage ae")])
+    ("ae", "ae_widths=8,x", "tuple .*'x'"), ("ae", "unet_widths=8,8", "no field of stage ae")])
 def test_set_names_what_it_cannot_use(stage, assignment, message):
     with pytest.raises(UserError, match=f"^--set {assignment.split('=')[0]}.*: .*{message}"):
         override(Config(), [assignment], stage)
@@ -96,14 +90,6 @@ def test_the_moving_average_warms_up_to_its_decay_and_shares_frozen_weights():
     assert averages == pytest.approx([0, 9, 9 / 4, 9 / 16])
     assert ema.module[1].weight.data_ptr() == model[1].weight.data_ptr()
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), ldmseg.replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
 # ---- run folders ----
 
 SCRIPTS = {"ae": train_ae, "ldm": train_ldm}
@@ -140,15 +126,6 @@ def test_a_run_folder_holds_weights_config_log_and_a_picture(tiny_run, stage):
     assert {path.name for path in run.iterdir()} == names
     first, last = logged(run)
     assert first["step"] == last["step"] == 2 and first["loss"] > 0 and 0 <= last["pq"] <= 1
-
-@stages
-def test_a_resumed_run_equals_one_without_a_break(
-        command, tiny_run, straight, tmp_path, capsys, stage):
-    run = shutil.copytree(getattr(tiny_run, stage), tmp_path / "run")
-    SCRIPTS[stage].main(command(stage, run, "--steps", "4"))
-    assert f"{run}: resuming from step 2\n" in capsys.readouterr().out
-    assert equal_weights(run, straight[stage])
-    assert not equal_weights(run, getattr(tiny_run, stage))
 
 def caught(number):
     """`learning_rate`, in whose first step the process gets a signal."""
@@ -198,7 +175,6 @@ def test_a_mistake_met_in_a_loader_process_is_one_line_and_exit_code_2(complaint
 
 @pytest.mark.parametrize("stage, flags, field", [
     ("ae", ["--set", "ae_lr=1"], "ae_lr 0.002, this command 1.0"),
-    ("ae", ["--batch-size", "8"], "ae_batch 4, this command 8"),
     ("ae", ["--seed", "1"], "seed 0, this command 1"), ("ae", ["--data", "shapes"], "data ["),
     ("ldm", ["--ae", "another.safetensors"], "ae [")])
 def test_resuming_with_other_settings_names_the_difference(
@@ -333,7 +309,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
     (tmp_path / ".file.json.0.part").symlink_to("/dev/full")
     with pytest.raises(UserError, match="file.json: not written .*No space left"):
         write_json(tmp_path / "file.json", 1)
-    assert (tmp_path / "file.json").read_text() == "old"
+    assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("file.json", 3)]
 
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_made():
     with pytest.raises(UserError, match="needs .* GiB"):

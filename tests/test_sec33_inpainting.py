@@ -15,7 +15,7 @@ from conftest import (
     ON_CPU, ConvUNet, areas_of, gaussian, ldm_command, relative_error, small_config, write_split,
 )  # fmt: skip
 from ldmseg import (
-    LDMSeg, TrainingStream, UserError, gaussian_latents, int2bits, keep_blocks,
+    LDMSeg, ShapeScenes, TrainingStream, UserError, gaussian_latents, int2bits, keep_blocks,
     match_ids, random_generator, read_image, rgb2id,
 )  # fmt: skip
 from PIL import Image, ImageDraw
@@ -85,12 +85,9 @@ def test_each_image_of_a_batch_is_inpainted_as_alg_3_written_out(model, repeats)
     latents = model.inpaint(image, ids, known, NOISE, 4, repeats)[:, :4]
     assert relative_error(latents, torch.cat(expected)) < 1e-4
 
-@pytest.mark.parametrize("how", ["no pixel", "void pixels"])
-def test_where_nothing_is_known_inpainting_is_sampling(model, how):
+def test_where_nothing_is_known_inpainting_is_sampling(model):
     image, ids, known = situation()
-    ids, known = {"no pixel": (ids, torch.zeros_like(known)),
-                  "void pixels": (torch.zeros_like(ids), known)}[how]
-    logits = model.inpaint(image, ids, known, NOISE, 4)
+    logits = model.inpaint(image, ids, torch.zeros_like(known), NOISE, 4)
     torch.testing.assert_close(logits, model.sample(image, NOISE, 4))
 
 def test_where_all_is_known_the_mask_is_encoded_and_decoded(model):
@@ -124,16 +121,21 @@ def test_given_segments_take_the_ids_of_an_estimate_and_the_callers_come_back(
 
 # ---- training with given parts ----
 
-def test_training_hints_at_the_given_cells_in_both_passes(stub_model):
+def test_training_feeds_what_is_given_and_a_first_estimate_without_gradient(stub_model):
     calls, (image, ids, known), t = [], situation(), torch.tensor([30, 400, 900])
-    model = stub_model(lambda inputs, t: calls.append(inputs) or inputs[:, :4].sin(),
-                       prediction="eps")  # fmt: skip
-    model.diffusion_loss(image, ids, gaussian(3, 4, 4, 4, seed=2), t, True, known)
+    weight, eps = torch.ones((), requires_grad=True), gaussian(3, 4, 4, 4, seed=2)
+    model = stub_model(lambda inputs, t: calls.append((inputs, weight * inputs[:, :4].sin()))
+                       or calls[-1][1], prediction="eps")  # fmt: skip
+    for self_condition in (True, False):
+        model.diffusion_loss(image, ids, eps, t, self_condition, known)
+    (first, first_output), (second, second_output), (alone, _) = calls
+    assert not first_output.requires_grad and second_output.requires_grad
     known = known & (ids != 0)
     z_given, touched = encoded(model, ids, known), torch.cat([cells_of(k[None])[0] for k in known])
-    estimate = model.schedule.predict_x0(calls[0][:, :4], calls[0][:, :4].sin(), t)
-    torch.testing.assert_close(calls[0][:, -4:], z_given * touched)
-    torch.testing.assert_close(calls[1][:, -4:], torch.where(touched, z_given, estimate))
+    estimate = model.schedule.predict_x0(first[:, :4], first_output, t)
+    torch.testing.assert_close(first[:, -4:], z_given * touched)
+    torch.testing.assert_close(second[:, -4:], torch.where(touched, z_given, estimate))
+    assert torch.equal(alone, first)
 
 def test_stage_2_learns_from_what_is_given(monkeypatch, data, tiny_run, tmp_path):
     seen, loss = [], LDMSeg.diffusion_loss
@@ -143,13 +145,12 @@ def test_stage_2_learns_from_what_is_given(monkeypatch, data, tiny_run, tmp_path
     assert len(seen) == 2 and all(k.dtype == torch.bool and k.any() for k in seen)
 
 def test_blocks_are_given_in_a_share_of_the_samples():
-    record = {"image": np.zeros((32, 32, 3), np.uint8), "ids": np.ones((32, 32), int),
-              "segments": [{"id": 1, "category_id": 1}]}  # fmt: skip
-    stream = TrainingStream([[record]], small_config(given_share=0.4), seed=0)
+    scenes = [ShapeScenes("train", 32)]
+    stream = TrainingStream(scenes, small_config(given_share=0.4), seed=0)
     known = [stream[position]["known"] for position in range(400)]
     assert 0.3 < np.mean([k.any().item() for k in known]) < 0.45  # all blocks may be dropped
     assert len({k.float().mean().item() for k in known}) > 20
-    assert "known" not in TrainingStream([[record]], small_config(), seed=0)[0]
+    assert "known" not in TrainingStream(scenes, small_config(), seed=0)[0]
 
 @pytest.mark.parametrize("block, rate", [(8, 0.1), (5, 0.5), (8, 0.9)])
 def test_whole_blocks_are_dropped_at_their_rate(block, rate):
@@ -158,8 +159,8 @@ def test_whole_blocks_are_dropped_at_their_rate(block, rate):
         known = keep_blocks(np.ones((64, 64), int), generator, block, rate)
         corners = known[::block, ::block]
         shares.append(1 - corners.mean())
-        for y, x in np.ndindex(64, 64):
-            assert known[y, x] == corners[y // block, x // block]
+        y, x = np.indices((64, 64)) // block
+        assert np.array_equal(known, corners[y, x])
     assert abs(np.mean(shares) - rate) < 0.035  # 2560 blocks or more: a deviation of 0.01
 
 def test_strokes_touch_every_segment_and_nothing_else():
@@ -304,26 +305,17 @@ def test_a_transparent_pixel_is_unknown_and_a_jpeg_is_no_mask(tmp_path):
     with pytest.raises(UserError, match="a.jpg: JPEG changes ids"):
         inpaint.read_mask(tmp_path / "a.jpg")
 
-def test_a_header_of_npy_does_not_ask_for_memory(tmp_path):
-    with open(tmp_path / "a.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "<i8", "fortran_order": False, "shape": (10**6, 10**6)})
-    with pytest.raises(UserError, match="a.npy: not a readable mask"):
-        inpaint.read_mask(tmp_path / "a.npy")
-
-def test_a_completion_never_replaces_the_mask_it_came_from(complaint, tiny_run, tmp_path):
+@pytest.mark.parametrize("width, message", [
+    (44, "--out {1}: results would replace inputs in {1}/panoptic"),
+    (46, "{0}: (30, 44) pixels, expected the aspect of the image of (30, 46)")])
+def test_a_mask_that_a_result_would_replace_or_of_another_aspect_is_named(
+        complaint, tiny_run, tmp_path, width, message):
     (tmp_path / "panoptic").mkdir()
-    mask = save_mask(tmp_path / "panoptic" / "photo", HALF, "8 bit")
-    Image.fromarray(photo(30, 44)).save(tmp_path / "photo.jpg")
-    before, image = mask.read_bytes(), tmp_path / "photo.jpg"
+    mask, image = save_mask(tmp_path / "panoptic/photo", HALF, "8 bit"), tmp_path / "photo.jpg"
+    Image.fromarray(photo(30, width)).save(image)
+    before = mask.read_bytes()
     line = complaint(inpaint.main, *run_of(tiny_run, tmp_path, "--image", image, "--mask", mask))
-    assert "would replace inputs" in line and mask.read_bytes() == before
-
-def test_a_mask_of_another_aspect_than_its_image_is_named(complaint, tiny_run, tmp_path):
-    mask, image = save_mask(tmp_path / "mask", HALF, "8 bit"), tmp_path / "photo.jpg"
-    Image.fromarray(photo(30, 46)).save(image)
-    line = complaint(inpaint.main, *run_of(tiny_run, tmp_path, "--image", image, "--mask", mask))
-    assert line.startswith(f"{mask}: (30, 44) pixels") and "(30, 46)" in line
+    assert line.startswith(message.format(mask, tmp_path)) and mask.read_bytes() == before
 
 # ---- inpaint.py --data: the sparsity experiment (Fig. 9) ----
 

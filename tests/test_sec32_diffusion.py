@@ -19,10 +19,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import train_ldm
 import transformers
-from conftest import GOLDEN, VAE, ConvUNet, gaussian, ldm_command, relative_error, small_config
+from conftest import (
+    GOLDEN, VAE, ConvUNet, StubUNet, gaussian, ldm_command, relative_error, small_config,
+)  # fmt: skip
 from ldmseg import (
-    PRESETS, LatentCache, MaskAutoencoder, NoiseSchedule, UserError, build_unet, load_model,
-    match_ids, random_generator,
+    PRESETS, LatentCache, MaskAutoencoder, NoiseSchedule, UserError, build_unet, gaussian_latents,
+    load_model, match_ids, random_generator,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 
@@ -115,6 +117,18 @@ def test_classes_are_not_matched(stub_model, place, is_matched):
     chosen = relabelled(ids, match_ids(ids, eps, model.id_latents))
     assert not torch.equal(chosen, ids)
     assert torch.equal(encode_mask.call_args_list[0].args[0], chosen if is_matched else ids)
+
+def test_a_perfect_model_draws_the_favoured_ids_in_one_step(monkeypatch):
+    model, ids = load_model("tiny"), torch.ones(2, 64, 64, dtype=torch.long)
+    ids[:, 32:], ids[:, :24, 40:] = 2, 3
+    noise = [(0, "one"), (0, "other")]
+    eps = gaussian_latents([random_generator(s, "noise", p) for s, p in noise], model.config, "cpu")
+    chosen = relabelled(ids, match_ids(ids, eps, model.id_latents))
+    x0, schedule = model.encode_mask(chosen), model.schedule
+    v = schedule.alpha_bar[999].sqrt() * eps - (1 - schedule.alpha_bar[999]).sqrt() * x0
+    monkeypatch.setattr(model, "unet", StubUNet(lambda inputs, t: v))  # as if eps were z_t
+    logits = F.interpolate(model.sample(gaussian(2, 3, 64, 64), noise, 1), scale_factor=2)
+    assert (logits.argmax(1) == chosen).float().mean() > 0.97  # all but the borders
 
 def test_autocast_changes_no_id(stub_model):
     model = stub_model(lambda inputs, t: inputs[:, :4], ids="matched")

@@ -155,7 +155,8 @@ def build_model(config, autoencoders, sd, run=None):
     elif sd != "none":
         load_sd_unet(model.unet, sd)
     elif is_main() and (config.preset == "paper" or config.image_encoder == "sd"):
-        print("--sd none: RANDOM weights of the UNet, and of the encoder sd, which STAYS so")
+        frozen = ", and of the encoder sd, which STAYS so" if config.image_encoder == "sd" else ""
+        print(f"--sd none: RANDOM weights of the UNet{frozen}")
     if config.freeze_time and sd != "none":
         model.unet.time_embedding.requires_grad_(False)
     for name, autoencoder in zip(("autoencoder", "depth_autoencoder"), autoencoders):

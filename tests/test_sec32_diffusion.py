@@ -95,16 +95,16 @@ def test_the_ids_are_the_best_of_all_permutations_and_void_stays():
 
 def test_training_adds_the_noise_that_chose_the_ids_and_it_is_the_same_without_matching(stub_model):
     image, ids, eps, _ = loss_inputs()
-    noisy, t = {}, torch.tensor([999, 400])
+    z_t, t = {}, torch.tensor([999, 400])
     for kind in ("random", "matched"):
-        model = stub_model(lambda inputs, t: noisy.setdefault(kind, inputs[:, :4]), ids=kind)
+        model = stub_model(lambda inputs, t: z_t.setdefault(kind, inputs[:, :4]), ids=kind)
         model.diffusion_loss(image, ids, eps, t, False)
-        chosen = relabelled(ids, match_ids(ids, eps, model.id_latents))
+        constant = [model.encode_mask(torch.full((1, 32, 32), id)) for id in range(8)]
+        chosen = relabelled(ids, match_ids(ids, eps, torch.cat(constant)[:, :, 2, 2]))
         x0 = model.encode_mask(ids if kind == "random" else chosen)
         alpha_bar = model.schedule.alpha_bar[t].view(2, 1, 1, 1)
-        noise = noisy[kind] - alpha_bar.sqrt() * x0
-        torch.testing.assert_close(noise, (1 - alpha_bar).sqrt() * eps)
-    assert not torch.equal(*noisy.values())
+        torch.testing.assert_close(z_t[kind], alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps)
+    assert not torch.equal(*z_t.values())
 
 @pytest.mark.parametrize("place, is_matched", [(0, False), (1, True)])
 def test_classes_are_not_matched(stub_model, place, is_matched):

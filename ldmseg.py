@@ -132,9 +132,9 @@ class Config:
     unet_attention: tuple = knob((1, 1), "1: self-attention at this level", SHARE, "ldm")
     unet_layers: int = knob(1, "residual blocks per level", (1, 64), "ldm")
     unet_heads: int = knob(4, "heads of the self-attention", (1, 64), "ldm")
-    ldm_steps: int = knob(3000, "optimizer steps", COUNT, "ldm")
-    ldm_batch: int = knob(16, "images per step", COUNT, "ldm")
-    ldm_lr: float = knob(5e-4, "learning rate", AMOUNT, "ldm")
+    ldm_steps: int = knob(6000, "optimizer steps", COUNT, "ldm")
+    ldm_batch: int = knob(8, "images per step", COUNT, "ldm")
+    ldm_lr: float = knob(1e-3, "learning rate", AMOUNT, "ldm")
     ldm_clip: float = knob(1.0, "highest gradient norm", ABOVE_0, "ldm")
     freeze_time: int = knob(0, "1: keep the pretrained time embedding", SHARE, "ldm")
     checkpointing: int = knob(0, "1: recompute activations, less memory", SHARE, "ldm")
@@ -499,7 +499,7 @@ def neighbours(count, length):
 def most_probable(logits, size, threshold=0.0, values_at_once=2**22, nearest=False):
     """Logits of an image (N, H/2, W/2), upsampled x2, then to (height, width) = size, softmax ->
     ids int32 (height, width); VOID where the highest probability is below `threshold`. Where
-    four logits leave no doubt the pixels between them are not computed, the others row by row:
+    four logits leave no doubt the pixels between them are not computed, the others in bands:
     a photograph of N logits would take gigabytes. nearest: logits (N, H/4, W/4) of pixels,
     the ids are upsampled instead."""
     if nearest:
@@ -517,16 +517,18 @@ def most_probable(logits, size, threshold=0.0, values_at_once=2**22, nearest=Fal
     doubt = others > 0.999 * min(1, 1 / max(threshold, 1e-9) - 1)
     ids = winner.int()[top][:, left]
 
-    for row in doubt.any(1).nonzero()[:, 0]:
-        # interpolate along this row of logits and the next, at the pixels in doubt
-        x = doubt[row][left].nonzero()[:, 0]
-        two = logits[:, [row, min(row + 1, H - 1)]]
-        two = two[..., left[x]] * (1 - across[x]) + two[..., right[x]] * across[x]  # (N, 2, X)
+    # elsewhere, some rows of logits at a time, one where the image is wide
+    for rows in doubt.any(1).nonzero()[:, 0].split(max(1, 2**16 // (N * size[1]))):
+        # interpolate along these rows and the next ones, at the pixels in doubt
+        x = doubt[rows].any(0)[left].nonzero()[:, 0]
+        two = corners[:, torch.stack([rows, rows + 1]), :-1]
+        two = two[..., left[x]] * (1 - across[x]) + two[..., right[x]] * across[x]  # (N, 2, R, X)
 
         # then between the two
-        for y in (top == row).nonzero()[:, 0].split(max(1, values_at_once // (N * len(x) + 1))):
-            share = down[y, None]
-            values = two[:, :1] * (1 - share) + two[:, 1:] * share  # (N, Y, X)
+        between = torch.isin(top, rows).nonzero()[:, 0]
+        for y in between.split(max(1, values_at_once // (N * len(x) + 1))):
+            row, share = torch.searchsorted(rows, top[y]), down[y, None]
+            values = two[:, 0, row] * (1 - share) + two[:, 1, row] * share  # (N, Y, X)
             best, id = values.max(0)
             probability = 1 / values.sub_(best).exp_().sum(0)
             ids[y[:, None], x] = id.masked_fill(probability < threshold, VOID).int()

@@ -27,6 +27,7 @@ import argparse
 import atexit
 import colorsys
 import difflib
+import gc
 import hashlib
 import json
 import math
@@ -664,7 +665,9 @@ def noise_and_timesteps(positions, config, seed, device):
 def build_unet(config, image_channels):
     """Stable Diffusion's UNet, random, over [z_t, z_image, x0_previous] (B, 4 + C + 4, h, w).
     Without config.tasks nothing feeds cross-attention, which is then removed."""
+    gc.disable()  # this import would look for garbage all the time
     from diffusers import UNet2DConditionModel
+    gc.enable()
     channels, gives_logits = config.latent_shape[0], config.in_pixels and config.pixel_loss == "ce"
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.unet_attention]
     unet = UNet2DConditionModel(
@@ -1848,6 +1851,7 @@ def open_training_data(args, config):
 
 def run_script(main):
     """Call main(): a user's mistake becomes one line and exit code 2, Ctrl-C 130."""
+    atexit.register(gc.freeze)  # at its end a script need not look for garbage
     try:
         main()
     except (UserError, FileNotFoundError, PermissionError, IsADirectoryError,

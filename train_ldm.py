@@ -44,15 +44,14 @@ def parse(argv):
 
 def load_parts(args):
     """The run of --sd, None if it is none; the trained autoencoders of --ae, of ids and, for task
-    depth, of depth; the Config, that of the run or --preset, with their codes and scales. Steps,
-    batch and learning rate are those of --preset: a run may be of a larger machine."""
+    depth, of depth; the Config, that of the run or --preset, with their codes and scales. Steps
+    and batch are those of --preset: a run may be of a larger machine."""
     config, paths, run = PRESETS[args.preset], args.ae, None
     is_run = args.sd in SHIPPED or Path(args.sd, "model.safetensors").exists()
     if is_run or args.sd.endswith(".safetensors"):
         run, paths = load_model(args.sd, kind=LDMSeg), paths or [args.sd]
         config = replace(run.config, tasks=(), categories="", mask_scale=0.0, depth_scale=0.0,
-                         ldm_steps=config.ldm_steps, ldm_batch=config.ldm_batch,
-                         ldm_lr=config.ldm_lr)  # fmt: skip
+                         ldm_steps=config.ldm_steps, ldm_batch=config.ldm_batch)
     if args.image_encoder not in (None, config.image_encoder):  # 0: its own scale
         config = replace(config, image_encoder=args.image_encoder, image_scale=0.0)
     config = replace(override(config, args.set, "ldm"), tasks=tuple(args.tasks))

@@ -523,13 +523,13 @@ def most_probable(logits, size, threshold=0.0, values_at_once=2**22, nearest=Fal
         # interpolate along these rows and the next ones, at the pixels in doubt
         x = doubt[rows].any(0)[left].nonzero()[:, 0]
         two = corners[:, torch.stack([rows, rows + 1]), :-1]
-        two = two[..., left[x]] * (1 - across[x]) + two[..., right[x]] * across[x]  # (N, 2, R, X)
+        two = two[..., left[x]].lerp_(two[..., right[x]], across[x])  # (N, 2, R, X)
 
         # then between the two
         between = torch.isin(top, rows).nonzero()[:, 0]
         for y in between.split(max(1, values_at_once // (N * len(x) + 1))):
             row, share = torch.searchsorted(rows, top[y]), down[y, None]
-            values = two[:, 0, row] * (1 - share) + two[:, 1, row] * share  # (N, Y, X)
+            values = two[:, 0, row].lerp_(two[:, 1, row], share)  # (N, Y, X)
             best, id = values.max(0)
             probability = 1 / values.sub_(best).exp_().sum(0)
             ids[y[:, None], x] = id.masked_fill(probability < threshold, VOID).int()

@@ -665,9 +665,7 @@ def noise_and_timesteps(positions, config, seed, device):
 def build_unet(config, image_channels):
     """Stable Diffusion's UNet, random, over [z_t, z_image, x0_previous] (B, 4 + C + 4, h, w).
     Without config.tasks nothing feeds cross-attention, which is then removed."""
-    gc.disable()  # this import would look for garbage all the time
     from diffusers import UNet2DConditionModel
-    gc.enable()
     channels, gives_logits = config.latent_shape[0], config.in_pixels and config.pixel_loss == "ce"
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.unet_attention]
     unet = UNet2DConditionModel(
@@ -1851,7 +1849,8 @@ def open_training_data(args, config):
 
 def run_script(main):
     """Call main(): a user's mistake becomes one line and exit code 2, Ctrl-C 130."""
-    atexit.register(gc.freeze)  # at its end a script need not look for garbage
+    gc.set_threshold(10**5)  # the imports of diffusers would look for garbage all the time
+    atexit.register(gc.freeze)  # and so would the end
     try:
         main()
     except (UserError, FileNotFoundError, PermissionError, IsADirectoryError,

@@ -184,7 +184,8 @@ def score_weights(args):
     ceiling, sweep = as_json(results), []
     print_row("autoencoder", results, None, titles=True)
     for steps in () if model is autoencoder else args.steps or [config.eval_steps]:
-        predict = partial(model.sample_tasks, tasks=tasks, steps=steps, eta=SAMPLERS[args.sampler])
+        predict = partial(model.sample_tasks, tasks=tasks, steps=steps, eta=SAMPLERS[args.sampler],
+                          samples=args.samples)
         with autocast():
             if not sweep:  # the first call is slow
                 for _, batch in evaluation_batches(dataset, config, device, limit=1):

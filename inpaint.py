@@ -41,7 +41,7 @@ def parse(argv):
             "--out": dict(help="folder of the results", default="runs/inpaint"),
             "--json": dict(help="where the table goes (default: table.json in --out)")},
         "sampling": {
-            "--steps": dict(help="of denoising (default: the weights' own)", type=whole_number),
+            "--steps": dict(help="default: the weights' own, at least 10", type=whole_number),
             "--variations": dict(help="completions to draw", type=whole_number, default=1),
             "--repeats": dict(help="passes over each timestep (Alg. 3: 1)", type=whole_number,
                               default=1),
@@ -239,7 +239,7 @@ def main(argv=None):
     args = parse(argv)
     model, device, autocast = start_script(args, LDMSeg, scenes=args.data == "shapes")
     model.config.task("instance")  # or a UserError
-    args.steps = args.steps or model.config.eval_steps
+    args.steps = args.steps or max(10, model.config.eval_steps)
     if args.data:
         run_experiment(model, args, device, autocast)
     else:

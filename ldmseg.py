@@ -133,16 +133,19 @@ class Config:
     unet_attention: tuple = knob((1, 1), "1: self-attention at this level", SHARE, "ldm")
     unet_layers: int = knob(1, "residual blocks per level", (1, 64), "ldm")
     unet_heads: int = knob(4, "heads of the self-attention", (1, 64), "ldm")
-    ldm_steps: int = knob(6000, "optimizer steps", COUNT, "ldm")
+    ldm_steps: int = knob(2200, "optimizer steps", COUNT, "ldm")
     ldm_batch: int = knob(8, "images per step", COUNT, "ldm")
     ldm_lr: float = knob(1e-3, "learning rate", AMOUNT, "ldm")
     ldm_clip: float = knob(1.0, "highest gradient norm", ABOVE_0, "ldm")
     freeze_time: int = knob(0, "1: keep the pretrained time embedding", SHARE, "ldm")
     checkpointing: int = knob(0, "1: recompute activations, less memory", SHARE, "ldm")
     compile: int = knob(0, "1: torch.compile the UNet", SHARE, "ldm")
-    eval_steps: int = knob(5, "sampling steps, unless --steps is given", (1, 1000), "ldm")
+    eval_steps: int = knob(2, "sampling steps, unless --steps is given", (1, 1000), "ldm")
+    eval_samples: int = knob(8, "samples to merge, unless --samples is given", (1, 1000), "ldm")
     sampling_power: float = knob(3.0, "of their timesteps, as timestep_power", (1, 8), "ldm")
     # both stages
+    crop: float = knob(1.0, "least share of an image in random crops", (0.01, 1))
+    jitter: float = knob(0.0, "of brightness, contrast and saturation", SHARE)
     warmup: int = knob(200, "steps until the full learning rate", AMOUNT)
     lr_schedule: str = knob("cosine", "after the warm-up", ("constant", "cosine"))
     weight_decay: float = knob(0.05, "of AdamW, none on norms and biases", AMOUNT)
@@ -201,7 +204,8 @@ class Config:
         require(task in self.known_tasks, f"--task {task}: these weights know {known}")
         return task
 
-PIXELS = dict(self_condition=0.0, mask_threshold=0.0, eval_steps=10)  # of --set space=pixels
+PIXELS = dict(  # of --set space=pixels
+    self_condition=0.0, mask_threshold=0.0, eval_steps=10, eval_samples=1)
 PRESETS = {
     "tiny": Config(),
     "paper": Config(
@@ -211,7 +215,7 @@ PRESETS = {
         mask_scale=0.18215, image_scale=0.18215, prediction="eps", task_width=768,
         image_encoder="sd", unet_widths=(320, 640, 1280, 1280), unet_attention=(1, 1, 1, 0),
         unet_layers=2, unet_heads=8, freeze_time=1, ldm_steps=200_000, ldm_batch=256,
-        ldm_lr=1e-4, eval_steps=50, lr_schedule="constant", min_area=512)}
+        ldm_lr=1e-4, eval_steps=50, eval_samples=1, lr_schedule="constant", min_area=512)}
 
 # ---- 2. Randomness and ranks -----------------------------------------------------------
 
@@ -388,33 +392,6 @@ class MaskAutoencoder(nn.Module):
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum((1, 2, 3)).mean()
         return self.decode(mean + (0.5 * log_var).exp() * eps), kl
 
-class AnalogBits(nn.Module):
-    """Pix2Seq-D's place of the autoencoder: bits of -b and b at 1/4 of the size, no weights."""
-
-    def __init__(self, config):
-        super().__init__()
-        require_memory(config)
-        self.config = config
-        self.register_buffer("codes", config.bits_scale * code_table(config), persistent=False)
-
-    def shrink(self, ids):  # (B, H, W) -> (B, h, w), the pixel at each centre
-        size = self.config.latent_shape[1:]
-        return F.interpolate(ids[:, None].float(), size, mode="nearest-exact")[:, 0].long()
-
-    def code(self, ids):  # (B, H, W) -> (B, n, h, w)
-        return F.embedding(self.shrink(ids), self.codes).permute(0, 3, 1, 2)
-
-    def encode(self, codes):
-        return codes
-
-    def decode(self, z):  # (B, n, h, w) -> logits (B, N, h, w): the nearest code's is highest
-        with torch.autocast(z.device.type, enabled=False):
-            fit = torch.einsum("bnhw,kn->bkhw", z, 2 * self.codes)
-        fit = fit - self.codes.square().sum(1).view(1, -1, 1, 1)
-        return fit * (4 / self.config.bits_scale**2)
-
-    reconstruct = MaskAutoencoder.reconstruct
-
 # ---- 5. Autoencoder loss: cross-entropy, BCE and Dice at uncertain points (Eq. 2) ------
 
 def sample_uncertain_points(uncertainty, points):
@@ -563,6 +540,38 @@ def merge_panoptic(instance_logits, semantic_logits, size, isthing, mask_thresho
             class_of[int(table[id])] = winner
     return table[ids], class_of
 
+def merge_samples(logits, least=0.3):
+    """What samples of an image agree on: logits (K, N, h, w), whose ids differ -> (N, h, w),
+    segments 1, 2, ... from the most to the least agreed on. NOTE: paper: one sample; here, if
+    asked, several, because what is in one of them alone is mostly wrong. least: of agreement."""
+    K, N, h, w = logits.shape
+    probability = logits.float().softmax(1)[:, 1:].flatten(2).flatten(0, 1)  # (K (N-1), h w)
+
+    # the agreement on a segment: its IoU with the most similar one of another sample, mean
+    mask = (probability > 0.5).float()
+    both, area = mask @ mask.T, mask.sum(1)
+    iou = both / (area[:, None] + area - both).clamp(min=1)
+    iou, place = iou.unflatten(1, (K, N - 1)).max(2)  # (K (N-1), K)
+    agreement = (iou.sum(1) - 1) / (K - 1)  # without itself
+    place = place + (N - 1) * torch.arange(K, device=place.device)
+
+    # one after the other, where there is room: the mean over samples that have it
+    taken, merged = torch.zeros_like(mask[0], dtype=torch.bool), []
+    for s in agreement.argsort(descending=True, stable=True):
+        if agreement[s] < least or len(merged) == N - 1:
+            break
+        if mask[s][taken].sum() < 0.5 * area[s]:
+            merged.append(probability[place[s][iou[s] > 0.5]].mean(0))
+            taken |= merged[-1] > 0.5
+
+    # logits of shares that sum up to 1, the rest VOID
+    result = torch.zeros(N, h * w, device=logits.device)
+    for id, share in enumerate(merged, 1):
+        result[id] = share
+    result /= result.sum(0).clamp(min=1)
+    result[VOID] = 1 - result.sum(0)
+    return result.clamp(min=1e-6).log().view(N, h, w)
+
 def segments_of(ids, category_of=()):
     """COCO's segments_info of a map (H, W). category_of: {id: category}, by default 1."""
     segments, category_of = [], dict(category_of)
@@ -643,13 +652,6 @@ class NoiseSchedule(nn.Module):
         not divide T."""
         require(1 <= steps <= self.T, f"{steps} sampling steps, expected 1 to {self.T}")
         return [round(self.T - self.T * (i / steps) ** power) - 1 for i in range(steps)]
-
-class CosineSchedule(NoiseSchedule):
-    """Pix2Seq-D's, of times from T to 0 that need not be whole."""
-
-    def alpha_bar_at(self, t):
-        t = torch.as_tensor(t, device=self.alpha_bar.device) / self.T
-        return ((t + 0.0002) / 1.00025 * (math.pi / 2)).cos().square()
 
 def noise_and_timesteps(positions, config, seed, device):
     """eps (B, 4, h, w) and t int64 (B,), of pixels float, of samples at these positions."""
@@ -961,7 +963,8 @@ class LDMSeg(nn.Module):
     def sample(self, image, noise, steps, eta=0.0, task="instance", previous=None,
                return_all=False):
         """Alg. 2, self-conditioned (Sec. 4.1): images (B, 3, H, W) -> logits (B, N, H/2, W/2),
-        or depth (B, 1, H/2, W/2). noise: B pairs (seed, position), one per image; eta: as in
+        or depth (B, 1, H/2, W/2). noise: B pairs (seed, position), or K B of them, K times the
+        images, which gives K B results; eta: as in
         NoiseSchedule.step; task: one of config.trained_tasks; previous: ids int64 (B, H, W) of
         the frames before; return_all: a list, one per step."""
         known = self.config.trained_tasks
@@ -969,7 +972,7 @@ class LDMSeg(nn.Module):
         generators = [random_generator(seed, "noise", position) for seed, position in noise]
 
         # z_i = f_i(x) * s; z_t = Gaussian noise
-        z_image = self.encode_image(image)
+        z_image = self.encode_image(image).repeat(len(noise) // len(image), 1, 1, 1)
         predictions = []  # what `decode` takes, of each step or of the last one
         z_t = first_noise = gaussian_latents(generators, self.config, self.device)
         x0_previous = torch.zeros_like(z_t)
@@ -1043,27 +1046,41 @@ class LDMSeg(nn.Module):
         _, new_ids = self.match_to(ids * known, z_t)
         return logits.gather(1, new_ids[:, :, None, None].expand_as(logits))
 
-    def sample_tasks(self, batch, tasks, steps, eta=0.0):
-        """{task: output}, what `draw` needs for tasks, of a batch {"image", "noise"}."""
+    def sample_tasks(self, batch, tasks, steps=None, eta=0.0, samples=None):
+        """{task: output}, what `draw` needs for tasks, of a batch {"image", "noise"}, merged of
+        `samples`: instances by what they agree on, classes and depth by their mean. Steps and
+        samples are by default config.eval_steps and .eval_samples."""
+        steps, samples = steps or self.config.eval_steps, samples or self.config.eval_samples
         wanted = {"instance", "semantic", *tasks} if "panoptic" in tasks else set(tasks)
-        return {task: self.sample(batch["image"], batch["noise"], steps, eta, task,
-                                  batch.get("previous"))
-                for task in TASKS if task in wanted}
+        noise = [(seed, f"{position} {k}" if k else position)
+                 for k in range(samples) for seed, position in batch["noise"]]
+        outputs = {}
+        for task in (task for task in TASKS if task in wanted):
+            output = self.sample(batch["image"], noise, steps, eta, task, batch.get("previous"))
+            several = output.float().unflatten(0, (samples, -1))  # (K, B, N or 1, h, w)
+            if samples > 1 and task == "instance":
+                output = torch.stack([merge_samples(one) for one in several.unbind(1)])
+            elif samples > 1:
+                several = several.softmax(2) if task == "semantic" else several
+                output = several.mean(0).log() if task == "semantic" else several.mean(0)
+            outputs[task] = output
+        return outputs
 
-    def segment(self, image, steps=None, task=None, seed=0):
+    def segment(self, image, steps=None, task=None, seed=0, samples=None):
         """image uint8 (H, W, 3) of any size -> ids int32 (H, W), 0 = VOID, and COCO's
-        segments_info, as `draw`. steps: of sampling, by default config.eval_steps; task: of
+        segments_info, as `draw`. steps, samples: as in `sample_tasks`; task: of
         config.known_tasks, by default the first."""
         task = self.config.task(task)
         picture = image_tensor(image, self.config.size)[None].to(self.device)
         batch = {"image": picture, "noise": [(seed, 0)]}
-        outputs = self.sample_tasks(batch, [task], steps or self.config.eval_steps)
+        outputs = self.sample_tasks(batch, [task], steps, samples=samples)
         outputs = {name: output[0] for name, output in outputs.items()}
         return draw(outputs, task, image.shape[:2], self.config)
 
     def complete(self, image, given_mask, steps=None, repeats=1, seed=0, return_confidence=False):
         """Complete a mask, int ids (h, w) of the caller's choice, 0 = unknown, of an image uint8
         (H, W, 3) -> as `segment`, what is given unchanged, new segments with other ids.
+        steps: by default config.eval_steps, but at least 10, for there is one sample.
         return_confidence: also the highest probability at each cell of logits, resized, (H, W)."""
         self.config.task("instance")  # or a UserError
         size, N, given = image.shape[:2], self.config.num_ids, np.setdiff1d(given_mask, [VOID])
@@ -1075,7 +1092,7 @@ class LDMSeg(nn.Module):
         small = small.long().to(self.device)
         picture = image_tensor(image, self.config.size)[None].to(self.device)
         logits = self.inpaint(picture, small, small != VOID, [(seed, 0)],
-                              steps or self.config.eval_steps, repeats)[0]
+                              steps or max(10, self.config.eval_steps), repeats)[0]
 
         # what is given comes back unchanged, with the caller's ids; new segments take the
         # lowest ones that are not used
@@ -1089,6 +1106,42 @@ class LDMSeg(nn.Module):
             confidence = F.interpolate(confidence, size, mode="bilinear")[0, 0].cpu().numpy()
             return result, segments_of(result), confidence
         return result, segments_of(result)
+
+# ---- 10. Pix2Seq-D (Chen et al., 2023), the closest relative ---------------------------
+
+class AnalogBits(nn.Module):
+    """Pix2Seq-D's place of the autoencoder: bits of -b and b at 1/4 of the size, no weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        require_memory(config)
+        self.config = config
+        self.register_buffer("codes", config.bits_scale * code_table(config), persistent=False)
+
+    def shrink(self, ids):  # (B, H, W) -> (B, h, w), the pixel at each centre
+        size = self.config.latent_shape[1:]
+        return F.interpolate(ids[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+
+    def code(self, ids):  # (B, H, W) -> (B, n, h, w)
+        return F.embedding(self.shrink(ids), self.codes).permute(0, 3, 1, 2)
+
+    def encode(self, codes):
+        return codes
+
+    def decode(self, z):  # (B, n, h, w) -> logits (B, N, h, w): the nearest code's is highest
+        with torch.autocast(z.device.type, enabled=False):
+            fit = torch.einsum("bnhw,kn->bkhw", z, 2 * self.codes)
+        fit = fit - self.codes.square().sum(1).view(1, -1, 1, 1)
+        return fit * (4 / self.config.bits_scale**2)
+
+    reconstruct = MaskAutoencoder.reconstruct
+
+class CosineSchedule(NoiseSchedule):
+    """Pix2Seq-D's, of times from T to 0 that need not be whole."""
+
+    def alpha_bar_at(self, t):
+        t = torch.as_tensor(t, device=self.alpha_bar.device) / self.T
+        return ((t + 0.0002) / 1.00025 * (math.pi / 2)).cos().square()
 
 class Pix2SeqD(LDMSeg):
     """Pix2Seq-D (Chen et al., ICCV 2023), the closest relative: x0 are the bits themselves, at
@@ -1147,7 +1200,7 @@ class Pix2SeqD(LDMSeg):
 # Part II. Data and metrics
 # ========================================================================================
 
-# ---- 10. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ----------------------
+# ---- 11. Metrics: Panoptic Quality (Kirillov et al., 2019), depth ----------------------
 
 class PanopticQuality:
     """Panoptic Quality and mIoU. categories: COCO's; class_agnostic: one for all."""
@@ -1269,7 +1322,7 @@ class DepthQuality:
         abs_rel, rmse, delta1 = (self.state[:3] / max(self.state[3], 1)).tolist()
         return {"abs_rel": abs_rel, "rmse": rmse, "delta1": delta1, "n": int(self.state[3])}
 
-# ---- 11. Generated scenes --------------------------------------------------------------
+# ---- 12. Generated scenes --------------------------------------------------------------
 
 sin, maximum, minimum = np.sin, np.maximum, np.minimum
 STUFF = {  # tint; contrast, waves across and down, how far they bend
@@ -1388,7 +1441,7 @@ class ShapeScenes(Dataset):
             colour = (np.float32(colour) * ((1 + paint) * shade)[..., None]).clip(0, 1)
             yield name, outline, colour, distance
 
-# ---- 12. Files: images, depth, COCO panoptic and instances -----------------------------
+# ---- 13. Files: images, depth, COCO panoptic and instances -----------------------------
 
 def rgb2id(rgb):
     """COCO panoptic colours uint8 (..., 3) -> int32 ids (...): R + 256 G + 65536 B."""
@@ -1619,7 +1672,7 @@ def open_dataset(data, split, images, size, kind, depth=False):
     folder = next(f for f in folders if f.is_dir())
     return PanopticDataset(file_of[found[0]], images or folder, depth)
 
-# ---- 13. What the model sees of a record, and the order of training --------------------
+# ---- 14. What the model sees of a record, and the order of training --------------------
 
 def relative_depth(depth):
     """float (H, W), NaN = invalid -> [-1, 1], its 2nd and 98th percentiles the ends."""
@@ -1631,21 +1684,44 @@ def relative_depth(depth):
         low, high = valid.min(), valid.max()
     return ((depth - low) * (2 / (high - low)) - 1).clip(-1, 1).astype(np.float32)
 
+def random_crop(size, least_share, rng):
+    """A part of (height, width) = size, two slices: of least_share to all of its area, as wide
+    for its height as 3/4 to 4/3 of the whole."""
+    share, aspect = rng.uniform(least_share, 1), (4 / 3) ** rng.uniform(-1, 1)
+    height, width = (math.ceil(n * min(1, math.sqrt(share * a)))
+                     for n, a in zip(size, (1 / aspect, aspect)))
+    y, x = rng.integers(size[0] - height + 1), rng.integers(size[1] - width + 1)
+    return slice(y, y + height), slice(x, x + width)
+
+def jitter_colours(image, amount, rng):
+    """float (3, H, W) in [-1, 1], of brightness, contrast and saturation times 1 - amount to
+    1 + amount each."""
+    from torchvision.transforms.v2 import functional
+    brightness, contrast, saturation = rng.uniform(1 - amount, 1 + amount, 3).tolist()
+    image = functional.adjust_brightness(image / 2 + 0.5, brightness)
+    image = functional.adjust_contrast(image, contrast)
+    return 2 * functional.adjust_saturation(image, saturation) - 1
+
 def prepare(record, config, rng, augment, task="instance"):
     """An item -> "image" (3, s, s) in [-1, 1], "ids" (s, s), if needed "depth" (s, s) in
     [-1, 1], NaN = invalid. Ids: random ones of the N - 1 largest; of task "semantic" places
-    1..K of classes. augment: random flips, segments below config.min_segment VOID."""
-    # a square; masks and depth by nearest neighbour
-    size, flip = (config.size, config.size), augment and rng.random() < 0.5
-    sample = {"image": image_tensor(record["image"], config.size)}
+    1..K of classes. augment: random flips, crops and colours, segments below
+    config.min_segment VOID."""
+    # a square, of all or a part; masks and depth by nearest neighbour
+    size, flip, part = (config.size, config.size), augment and rng.random() < 0.5, ...
+    if augment and config.crop < 1:
+        part = random_crop(record["ids"].shape, config.crop, rng)
+    sample = {"image": image_tensor(record["image"][part], config.size)}
+    if augment and config.jitter:
+        sample["image"] = jitter_colours(sample["image"], config.jitter, rng)
     if config.needs_depth and "depth" in record:
         with reading(record["file_name"], "depth map"):
             depth = relative_depth(record["depth"])
-        sample["depth"] = torch.from_numpy(resize_nearest(depth, size))
+        sample["depth"] = torch.from_numpy(resize_nearest(depth[part], size))
 
     # segments 1..S; crowds and what is not listed are VOID; the frame before is put below
     segments = [s for s in record["segments"] if not s.get("iscrowd")]
-    maps = [resize_nearest(record[k], size) for k in ("ids", "previous") if k in record]
+    maps = [resize_nearest(record[k][part], size) for k in ("ids", "previous") if k in record]
     ids = compact_ids(np.concatenate(maps), [s["id"] for s in segments])
 
     # the places of their classes, or random ids of the largest
@@ -1745,7 +1821,7 @@ def training_loader(stream, batch_size, accumulate, start, stop, workers):
 # Part III. Running
 # ========================================================================================
 
-# ---- 14. Command lines -----------------------------------------------------------------
+# ---- 15. Command lines -----------------------------------------------------------------
 
 def whole_number(text, least=1):
     if int(text) < least:
@@ -1760,7 +1836,9 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
         "--split": dict(help="to evaluate (default: the data's only val*)"),
         "--limit": dict(help="only the first N images", type=whole_number, metavar="N")},
     "model": {
-        "--weights": dict(help="run folder, file, tiny (default for scenes) or photos (others)")},
+        "--weights": dict(help="run folder, file, tiny (default for scenes) or photos (others)"),
+        "--size": dict(help="side of the square that it sees (default: the weights' own)",
+                       type=whole_number, metavar="PIXELS")},
     "training": {
         "--train-split": dict(help="default: the data's only train*"),
         "--preset": dict(help="where the Config starts", choices=PRESETS, default="tiny"),
@@ -1773,6 +1851,8 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
         "--fresh": dict(help="start over in a run folder", action="store_true")},
     "sampling": {
         "--steps": dict(help="default: the weights' own", type=whole_number),
+        "--samples": dict(help="to merge by what they agree on (default: the weights' own)",
+                          type=whole_number),
         "--sampler": dict(help="ddpm: fresh noise", choices=SAMPLERS, default="ddim"),
         "--task": dict(help="default: all that they know", choices=("panoptic", *TASKS))},
     "machine": {
@@ -1862,7 +1942,7 @@ def run_script(main):
         print(f"interrupted {interrupt}".strip(), file=sys.stderr)
         sys.exit(130)
 
-# ---- 15. Devices and ranks, optimizer --------------------------------------------------
+# ---- 16. Devices and ranks, optimizer --------------------------------------------------
 
 DIVERGED = "stopped, the last checkpoint is kept; try a lower ae_lr or ldm_lr"
 
@@ -1990,7 +2070,7 @@ def means(batches):
     result = {name: value for name, value in result.items() if math.isfinite(value)}
     return result | ({"skipped": skipped} if skipped else {})
 
-# ---- 16. Run folders and weights -------------------------------------------------------
+# ---- 17. Run folders and weights -------------------------------------------------------
 
 SHIPPED = {name: Path(__file__).parent / "assets" / f"{name}.safetensors"
            for name in ("tiny", "photos")}  # of generated scenes; of photographs
@@ -2003,7 +2083,7 @@ OFFICIAL_VAE = {"encoder": "0", "quant_conv": "1", "query": "to_q", "key": "to_k
                 "value": "to_v", "proj_attn": "to_out.0"}
 # of flags and Config, what a resumed run may change
 FREE = """accumulate amp cache_latents device eval_every fresh limit on_bad_sample out
-          set split workers ae_steps ldm_steps eval_steps sampling_power checkpointing
+          set split workers ae_steps ldm_steps eval_steps eval_samples sampling_power checkpointing
           compile zero""".split()
 
 @contextmanager
@@ -2212,10 +2292,11 @@ def load_official(path, unet_config=None):
     model.facts = "of the authors"
     return model
 
-def load_model(path="photos", device="cpu", kind=nn.Module):
+def load_model(path="photos", device="cpu", kind=nn.Module, size=None):
     """LDMSeg or MaskAutoencoder, in evaluation mode, of a run folder, a weights file, one
     of SHIPPED ("photos": photographs; "tiny": generated scenes) or the authors' .pt files.
-    `.config` is its Config, `.facts` a line about it. UserError unless a `kind`, and finite."""
+    `.config` is its Config, but for another `size`, `.facts` a line about it. UserError unless
+    a `kind`, and finite."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     file = file if file.exists() else SHIPPED.get(str(path), file)
     if file.suffix == ".pt":
@@ -2235,6 +2316,9 @@ def load_model(path="photos", device="cpu", kind=nn.Module):
             model.load_state_dict({name: t.float() for name, t in tensors.items()})
     for name, tensor in model.state_dict().items():
         require(tensor.isfinite().all(), f"{path}: {name} has values that are not finite")
+    for part in model.modules():
+        if size and isinstance(getattr(part, "config", None), Config):
+            part.config = replace(part.config, size=size)
     ours = type(model).__name__
     require(isinstance(model, kind), f"{path}: a {ours}, expected a {kind.__name__}")
     return to_device(model, device).eval()
@@ -2244,14 +2328,14 @@ def start_script(args, kind=nn.Module, scenes=True):
     context. Says which weights. scenes: generated ones are the default, not photographs."""
     device, autocast = setup_distributed(args.device, args.amp)
     path = Path(args.weights or SHIPPED["tiny" if scenes else "photos"])
-    model, log = load_model(path, device, kind), path / "log.jsonl"
+    model, log = load_model(path, device, kind, args.size), path / "log.jsonl"
     if is_main():
         lines = log.read_text().splitlines() if log.exists() else []
         scored = [line for line in lines if "pq" in line or "abs_rel" in line]
         print(f"weights: {path}: {model.facts}", *scored[-1:])
     return model, device, autocast
 
-# ---- 17. Evaluation: data set -> predict -> segments -> metric -------------------------
+# ---- 18. Evaluation: data set -> predict -> segments -> metric -------------------------
 
 def evaluation_batches(dataset, config, device, seed=0, workers=0, limit=None, batch_size=16):
     """This rank's share of the first `limit` images in batches: records, and {"image",
@@ -2291,7 +2375,7 @@ def evaluate(predict, tasks, dataset, config, device, pictures=0, **options):
         metric.all_reduce(device)
     return {task: metric.compute() for task, metric in metrics.items()}, shown
 
-# ---- 18. Pictures and results ----------------------------------------------------------
+# ---- 19. Pictures and results ----------------------------------------------------------
 
 def align_ids(ids, truth):
     """Renumber int ids (H, W): a segment that matches one of `truth` (IoU > 0.5) has its

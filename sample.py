@@ -168,7 +168,9 @@ def main(argv=None):
                                                  args.workers, limit, 1 if args.video else 16):
             if args.video:  # all frames have one noise
                 batch |= {"noise": [(args.seed, 0)], "previous": previous.to(device)}
-            outputs = model.sample_tasks(batch, [task], args.steps, SAMPLERS[args.sampler])
+                args.samples = 1  # merging would number their segments anew
+            eta = SAMPLERS[args.sampler]
+            outputs = model.sample_tasks(batch, [task], args.steps, eta, args.samples)
             for i, record in enumerate(records):
                 one = {name: output[i] for name, output in outputs.items()}
                 drawn, segments = draw(one, task, record["image"].shape[:2], model.config)

@@ -75,8 +75,9 @@ def load_parts(args):
         theirs, scale = model.config, "mask_scale" if target == "ids" else "depth_scale"
         measured = theirs.mask_scale * config.mask_std / theirs.mask_std
         config = replace(config, **{scale: getattr(config, scale) or measured})
-        require((theirs.target, theirs.size) == (target, config.size), f"--ae {path}: of "
-                f"{theirs.target} at {theirs.size} pixels, expected {target} at {config.size}")
+        fits = theirs.size == config.size or "size=" in " ".join(args.set)  # convolutions do
+        require(theirs.target == target and fits, f"--ae {path}: of {theirs.target} at "
+                f"{theirs.size} pixels, expected {target} at {config.size}, or --set size")
     return run, models, config
 
 
@@ -174,7 +175,7 @@ def score(model, val, config, device, autocast, args):
                   limit=args.limit or 50, workers=args.workers, seed=args.seed)
     ceiling, alone = run(lambda batch: {
         "instance": model.autoencoder.reconstruct(batch["ids"])}, ["instance"])
-    sample = partial(model.sample_tasks, tasks=config.known_tasks, steps=config.eval_steps)
+    sample = partial(model.sample_tasks, tasks=config.known_tasks)
     with autocast():
         results, shown = run(sample, config.known_tasks)
     scores, rows = {"autoencoder_pq": ceiling["instance"]["All"]["pq"]}, []

@@ -32,7 +32,7 @@ IMPORTED = {"diffusers", "transformers"} & sys.modules.keys()  # by what the scr
 TINY = ["size=32", "warmup=1", "min_segment=4", "min_area=4", "mask_threshold=0"]  # both stages
 TINY_AE = [*TINY, "bits=3", "latent_channels=4", "ae_widths=8,16,32,32", "points=40"]
 TINY_LDM = [*TINY, "stem_widths=8,8,16", "unet_widths=32,32", "unet_layers=1", "unet_heads=2",
-            "eval_steps=2", "self_condition=0.3"]  # fmt: skip
+            "eval_steps=2", "eval_samples=1", "self_condition=0.3"]  # fmt: skip
 
 # Per image: height, width, and its segments (id, category, crowd, rows, columns) in the order
 # they are painted; what no segment covers is VOID.

@@ -35,9 +35,9 @@ def enlarged(scene, height, width):
     image = Image.fromarray(scene["image"]).resize((width, height), Image.BICUBIC)
     return np.asarray(image), ldmseg.resize_nearest(scene["ids"], (height, width))
 
-@pytest.mark.parametrize("size", [(480, 640), (97, 61)])
-def test_segment_finds_the_segments_of_an_image_of_any_size(model, size):
-    scores = []
+@pytest.mark.parametrize("size, side", [((480, 640), None), ((97, 61), 80)])
+def test_segment_finds_the_segments_of_an_image_of_any_size(size, side):
+    model, scores = load_model("tiny", size=side), []
     for index in range(4):
         image, truth = enlarged(SCENES[index], *size)
         ids, segments = model.segment(image, steps=4)
@@ -178,13 +178,13 @@ def test_a_run_folder_goes_before_shipped_weights_of_its_name(tiny_run, tmp_path
     shutil.copytree(tiny_run.ldm, "photos")
     assert [load_model(name).config.size for name in SHIPPED] == [64, 32]
 
-def test_photographs_are_learned_from_the_shipped_weights_without_further_flags(
+def test_photographs_are_learned_from_the_shipped_weights_also_at_another_size(
         data, tmp_path, unscored):
     train_ldm.main(["--sd", "photos", "--data", str(data), "--out", str(tmp_path), "--steps", "1",
-                    "--batch-size", "2", *ON_CPU])  # fmt: skip
+                    "--batch-size", "2", *ON_CPU, "--set", "size=64"])  # fmt: skip
     start, model = load_model("photos"), load_model(tmp_path)
     other = {f for f, v in vars(start.config).items() if getattr(model.config, f) != v}
-    assert other == {"ldm_steps", "ldm_batch"}
+    assert other == {"ldm_steps", "ldm_batch", "size"}
     learned = {name.split(".")[0] if ".layers." not in name else "layers" for name, tensor in
                model.state_dict().items() if not torch.equal(tensor, start.state_dict()[name])}
     assert learned == {"unet", "image_encoder"}

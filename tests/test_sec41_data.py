@@ -68,6 +68,36 @@ def test_small_segments_are_void_in_training_only(augment, least, void):
     result = prepared(record_of(ids), augment=augment, min_segment=least)["ids"]
     assert (result == 0).sum() == void and result.unique().numel() == (5 if void == 64 else 4)
 
+def test_crops_cut_image_ids_and_depth_alike():
+    y, x = np.mgrid[:60, :80]
+    image = np.uint8(np.stack([3 * x, 4 * y, 0 * x], -1))  # a pixel's colour is its place
+    record, shares = record_of(1 + x // 20 + 4 * (y // 20), image), []
+    record |= {"depth": np.float32(y + 1), "file_name": ""}
+    for seed in range(200):
+        part = prepared(record, seed, True, target="depth", bits=4, crop=0.3)
+        right, down = ((part["image"][c] + 1) * 127.5 / (3 + c) for c in (0, 1))
+        shares.append(float((np.ptp(right.numpy()) + 1) * (np.ptp(down.numpy()) + 1)) / 4800)
+        sure = ((right % 20 - 9.5).abs() < 7) & ((down % 20 - 9.5).abs() < 7)
+        blocks = (right // 20 + 4 * (down // 20))[sure].tolist()
+        pairs = set(zip(blocks, part["ids"][sure].tolist()))
+        assert len(pairs) == len(dict(pairs)) == len({id for _, id in pairs})
+        error = (part["depth"] * 28.3 + 29.5 - down)[part["depth"].abs() < 0.99]
+        assert error.abs().max() < 2
+    assert 0.27 < min(shares) < 0.35 and 0.9 < max(shares) < 1.01
+
+def test_colours_are_jittered_in_training_only():
+    def ratios(colour, augment=True):
+        record = record_of(BLACK[..., 0], BLACK + np.uint8(colour))
+        images = [prepared(record, seed, augment, jitter=0.3)["image"] for seed in range(100)]
+        values = torch.stack(images)[:, :, 0, 0] / 2 + 0.5  # (100, 3) in [0, 1]
+        return values[:, 0] / 0.4, values[:, 0] / values[:, 1]
+    brightness, grey = ratios((102, 102, 102))
+    assert 0.7 <= brightness.min() < 0.75 and 1.25 < brightness.max() <= 1.3
+    torch.testing.assert_close(grey, torch.ones(100))
+    _, red = ratios((102, 51, 51))
+    assert 1.2 < red.min() < 1.6 and 2.5 < red.max() < 5
+    assert ratios((102, 51, 51), augment=False)[1].unique().tolist() == pytest.approx([2])
+
 @pytest.fixture(scope="module")
 def datasets(data):
     return [open_dataset(str(data), None, None, 32, "train"), ShapeScenes("train", 32)]

@@ -19,7 +19,8 @@ from conftest import (
 )  # fmt: skip
 from ldmseg import (
     TASKS, DepthQuality, LDMSeg, MaskAutoencoder, ShapeScenes, TrainingStream, UserError,
-    int2bits, load_model, merge_panoptic, prepare, read_image, relative_depth, save_weights,
+    int2bits, load_model, merge_panoptic, merge_samples, prepare, read_image, relative_depth,
+    save_weights,
 )  # fmt: skip
 from PIL import Image
 
@@ -52,6 +53,40 @@ def test_merging_equals_a_loop_over_pixels():
         expected, classes = merge_in_loops(*maps.repeat(2, 1).repeat(2, 2), isthing, 8)
         assert np.array_equal(ids, expected) and class_of == classes
 
+def shares_by_loops(maps, least):
+    """What merge_samples makes of confident maps (H, W) of 15 ids: shares (m, H W)."""
+    def iou(a, b):
+        return (a & b).sum() / (a | b).sum()
+    masks = [[(m == id).ravel() for id in range(1, 16) if id in m] for m in maps]
+    best = [[max(others, key=lambda other: iou(mask, other)) for others in masks]
+            for sample in masks for mask in sample]  # fmt: skip
+    agreement = [(sum(iou(own, b) for b in row) - 1) / (len(maps) - 1)
+                 for own, row in zip(sum(masks, []), best)]  # fmt: skip
+    taken, shares = np.zeros(maps[0].size, bool), []
+    for i in sorted(range(len(best)), key=lambda i: -agreement[i]):
+        own = sum(masks, [])[i]
+        if agreement[i] >= least and (own & taken).sum() < own.sum() / 2:
+            shares.append(np.mean([b for b in best[i] if iou(own, b) > 0.5], 0))
+            taken |= shares[-1] > 0.5
+    return np.array(shares) / np.sum(shares, 0).clip(min=1)
+
+def test_samples_are_merged_as_by_loops_whatever_their_ids():
+    found = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        regions, maps = rng.permutation(4).reshape(2, 2).repeat(4, 0).repeat(4, 1), []
+        for _ in range(4):
+            maps.append(rng.permutation(np.arange(1, 16))[regions])
+            maps[-1][rng.random((8, 8)) < 0.25] = rng.integers(1, 16)  # an accident of its own
+        merged = merge_samples(torch.stack([*map(logits_of, maps)])).exp().flatten(1).numpy()
+        shares = shares_by_loops(maps, 0.3)
+        np.testing.assert_allclose(merged[1 : len(shares) + 1], shares, atol=2e-6)
+        np.testing.assert_allclose(merged[0], 1 - shares.sum(0), atol=2e-6)
+        found.append([ldmseg.panoptic_quality(1 + regions, ids)["pq"]
+                      for ids in (maps[0], merged.argmax(0).reshape(8, 8))])
+    single, together = np.mean(found, 0)
+    assert together > single + 0.1
+
 # ---- the task embedding ----
 
 def task_config(**changes):
@@ -76,6 +111,17 @@ def test_a_task_samples_by_its_own_embedding_alone(model):
     after = draw()
     assert all(torch.equal(after[i], before[2 - i]) for i in range(3))
     assert not torch.allclose(before[0], before[2], atol=1e-2)
+
+def test_samples_of_an_image_have_noises_of_their_own_and_are_merged_by_task(model):
+    image, noise = gaussian(2, 3, 32, 32), [(3, "a"), (3, 7)]
+    merged = model.sample_tasks({"image": image, "noise": noise}, TASKS, 2, samples=3)
+    for i, (seed, name) in enumerate(noise):
+        for task in TASKS:
+            single = torch.cat([model.sample(image[[i]], [(seed, position)], 2, task=task)
+                                for position in (name, f"{name} 1", f"{name} 2")])
+            shares = single.mean(0) if task == "depth" else single.softmax(1).mean(0).log()
+            expected = merge_samples(single) if task == "instance" else shares
+            torch.testing.assert_close(merged[task][i], expected, rtol=1e-4, atol=1e-4)
 
 def test_each_sample_of_a_batch_has_its_own_task(model):
     """The loss is a mean over the cells that count: 12, 8, 4 and 12 of the four samples."""
@@ -257,7 +303,9 @@ def test_any_tasks_are_trained_in_their_order_and_scored(runs, tmp_path, tasks, 
     ("panoptic", range(1, 12)), ("semantic", range(1, 12)), ("instance", [1])])
 def test_the_weights_draw_the_masks_that_sample_wrote(
         runs, data, tmp_path, evaluated, task, categories):
-    command = ["--weights", str(runs.ldm), "--steps", "2", "--task", task, "--data"]
+    samples = "2" if task == "semantic" else "1"  # weights that know nothing agree on nothing
+    command = ["--weights", str(runs.ldm), "--steps", "2", "--samples", samples, "--size", "48",
+               "--task", task, "--data"]  # fmt: skip
     sample.main([*command, str(data), "--out", str(tmp_path), *ON_CPU])
     written = json.loads((tmp_path / "panoptic.json").read_text())
     assert [c["id"] for c in written["categories"]] == [*categories]

@@ -173,9 +173,11 @@ def score_weights(args):
         config = replace(config, min_area=args.min_area or 0)
     options = dict(seed=args.seed, workers=args.workers, limit=args.limit)
     images = min(len(dataset), args.limit or len(dataset))
+    samples = args.samples or config.eval_samples
     if is_main():
-        print(f"{images} images of {args.data}, mask_threshold {config.mask_threshold}, min_area "
-              f"{config.min_area}; instance is class-agnostic; seconds include loading and scoring")
+        print(f"{images} images of {args.data}, {samples} samples merged, "
+              f"mask_threshold {config.mask_threshold}, min_area {config.min_area}; instance is "
+              "class-agnostic; seconds include loading and scoring")
 
     # the truth, encoded and decoded
     own_task = "depth" if target == "depth" else "instance"
@@ -185,7 +187,7 @@ def score_weights(args):
     print_row("autoencoder", results, None, titles=True)
     for steps in () if model is autoencoder else args.steps or [config.eval_steps]:
         predict = partial(model.sample_tasks, tasks=tasks, steps=steps, eta=SAMPLERS[args.sampler],
-                          samples=args.samples)
+                          samples=samples)
         with autocast():
             if not sweep:  # the first call is slow
                 for _, batch in evaluation_batches(dataset, config, device, limit=1):

@@ -16,6 +16,7 @@ at part II if you came for it. Part II: data and metrics; part III: flags, ranks
     Eq. 5  DDIM step                     NoiseSchedule.step
     Alg. 2 sampling; Alg. 3 inpainting   LDMSeg.sample; LDMSeg.inpaint
     Supp. A post-processing; tasks       postprocess, merge_panoptic; LDMSeg.predict
+    beyond  samples that agree           merge_samples, LDMSeg.sample_tasks
     Pix2Seq-D, the closest relative      Pix2SeqD, AnalogBits, CosineSchedule
 
 Shapes: B batch, C channels, H W pixels, h w = H/8 W/8 latent cells, N ids, S segments, P

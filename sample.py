@@ -1,18 +1,20 @@
 """Images -> panoptic masks (Alg. 2).
 
-    python sample.py                           # eight generated scenes
-    python sample.py cat.jpg photos/ "*.png"   # your images: files, folders, patterns
+    python sample.py                                 # eight generated scenes
+    python sample.py cat.jpg photos/ "*.png"         # your images: files, folders, patterns
+    python sample.py --samples 1 --steps 50 cat.jpg  # one sample, as in the paper
     python sample.py --data coco/ --weights runs/coco --limit 100
     python sample.py --task depth --weights runs/tasks cat.jpg
     python sample.py --video frames/ --weights runs/video
 
 Leaves in --out: panoptic.json and panoptic/*.png, the COCO panoptic format (a pixel's id is
 R + 256 G + 65536 B, 0 = VOID), which evaluate.py --pred reads; overlay/*.png; grid.png with the
-first eight images; denoising.png with the predictions along one run (Fig. S5); noises.png with two
-noises (Fig. 10). With weights that know classes, segments have the category_id of their class, and
---task semantic draws one segment for each class. --task depth leaves depth/*.png instead, 16 bits,
-from 1, the nearest, to 65535, and coloured overlay/*.png. With --video, images of a folder in the
-order of their names (2 before 10), each is also given the mask of the one before: ids persist.
+first eight images; denoising.png with the predictions along one sample's run (Fig. S5); noises.png
+with two samples (Fig. 10). With weights that know classes, segments have the category_id of their
+class, and --task semantic draws one segment for each class. --task depth leaves depth/*.png
+instead, 16 bits, from 1, the nearest, to 65535, and coloured overlay/*.png. With --video, images of
+a folder in the order of their names (2 before 10), each is also given the mask of the one before:
+ids persist.
 """
 
 import re

@@ -3,7 +3,7 @@
 assets/scenes.png      six of the 200 scenes, their PQ spread evenly from the median to the best
 assets/ids.png         the ids that three noises favour and what one step draws, for two of the six;
                        printed: the share of the segments found that have the favoured id
-assets/denoising.png   the x0 of steps 1, 2, 4, ... of one run, for three of the six
+assets/samples.png     four samples, and what eight agree on, for three of the six
 assets/inpainting.png  two completions of three strokes in each segment, for two of the six
 
 A segment has the colour of the true one that it matches, or of its strokes; VOID is striped.
@@ -29,7 +29,7 @@ from ldmseg import (  # noqa: E402
 
 def choose_scenes(model, count=6):
     """Scenes and their predictions: of the better half, evenly spread, the best last."""
-    predict = partial(model.sample_tasks, tasks=["instance"], steps=model.config.eval_steps)
+    predict = partial(model.sample_tasks, tasks=["instance"])
     scenes = ShapeScenes("val", model.config.size)
     _, shown = evaluate(predict, ["instance"], scenes, model.config, "cpu", pictures=len(scenes))
     pairs = [(record, drawn["instance"]) for record, drawn in shown]
@@ -68,11 +68,11 @@ def agreement(model, scenes, seed=0):
     return same / found
 
 
-def denoised(model, record, steps):
-    image, truth, noise = record["image"], record["ids"], [(0, record["image_id"])]
-    x0 = model.sample(image_tensor(image, len(image))[None], noise, max(steps), return_all=True)
-    maps = (draw({"instance": x0[s - 1][0]}, "instance", truth.shape, model.config) for s in steps)
-    return [image, colorize(truth), *(colorize(ids, truth) for ids, _ in maps)]
+def sampled(model, record):
+    image, truth = record["image"], record["ids"]
+    maps = [model.segment(image, samples=1, seed=seed)[0] for seed in range(4)]
+    maps.append(model.segment(image)[0])
+    return [image, colorize(truth), *(colorize(ids, truth) for ids in maps)]
 
 
 def completed(model, record):
@@ -86,7 +86,6 @@ def completed(model, record):
 
 if __name__ == "__main__":
     model, assets = load_model("tiny"), REPO / "assets"
-    steps = [step for step in (1, 2, 4, 10, 20, 50) if step <= model.config.eval_steps]
     scenes = ShapeScenes("val", model.config.size)
     print(f"one step draws the favoured id in {agreement(model, scenes):.3f} of what it finds")
     chosen = choose_scenes(model)
@@ -94,8 +93,8 @@ if __name__ == "__main__":
     rows, titles = [a + b for a, b in zip(halves[::2], halves[1::2])], ["image", "truth"]
     save_grid(assets / "scenes.png", [*titles, "prediction", "overlay"] * 2, rows, 128)
     Image.open(assets / "scenes.png").quantize(256, dither=0).save(assets / "scenes.png")
-    save_grid(assets / "denoising.png", titles + [f"step {s}" for s in steps],
-              [denoised(model, record, steps) for record in records[::2]], 128)
+    save_grid(assets / "samples.png", titles + [f"sample {i}" for i in range(1, 5)] + ["merged"],
+              [sampled(model, record) for record in records[:3]], 128)
     pairs = [[favoured_and_drawn(model, record, (noise, 0)) for noise in range(3)]
              for record in records[1:4:2]]
     save_grid(assets / "ids.png", ["image", *["favoured ids", "one step"] * 3], [

@@ -104,6 +104,10 @@ def ldm_command(data, ae, out, *more):
     return ["--ae", str(ae), "--data", str(data), "--out", str(out), "--steps", "2",
             "--batch-size", "4", *ON_CPU, "--set", *TINY_LDM, *more]  # fmt: skip
 
+def run_of(runs, out, *more):
+    """Arguments of sample.py or inpaint.py for two steps of runs.ldm."""
+    return [str(a) for a in ("--weights", runs.ldm, "--out", out, "--steps", 2, *ON_CPU, *more)]
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, data):
     """Run folders of both stages after two steps: .ae and .ldm."""

@@ -120,20 +120,16 @@ def test_every_released_key_but_post_quant_conv_has_its_place_in_the_full_model(
 
 @pytest.mark.parametrize("settings", [dict, EasyDict])
 @pytest.mark.parametrize("prefix", ["module.", ""])
-def test_the_parts_are_read_from_what_a_trainer_saves(official, tmp_path, prefix, settings):
-    save(tmp_path / "ldmseg.pt", official.parts, prefix, settings, PQ=0.5, ema=None)
+def test_the_parts_are_read_from_what_a_trainer_saves_and_ema_is_the_unet(
+        official, tmp_path, prefix, settings):
+    unet = {key: value + 1 for key, value in official.parts["unet"].items()}
+    ema = {prefix + key: value for key, value in unet.items()}
+    save(tmp_path / "ldmseg.pt", official.parts, prefix, settings, PQ=0.5, ema=ema)
     pickled = b"easydict\nEasyDict" in (tmp_path / "ldmseg.pt").read_bytes()
     assert pickled == (settings is EasyDict) and "easydict" not in sys.modules
     tensors = load_official(tmp_path / "ldmseg.pt", NAMES["unet_cfg"]).state_dict()
-    _, expected = ldmseg.convert_official(official.parts, NAMES["unet_cfg"])
+    _, expected = ldmseg.convert_official(official.parts | {"unet": unet}, NAMES["unet_cfg"])
     assert all(torch.equal(expected[key], tensor) for key, tensor in tensors.items())
-
-def test_ema_is_the_unet_that_is_loaded(official, tmp_path):
-    ema = {f"module.{key}": value + 1 for key, value in official.parts["unet"].items()}
-    save(tmp_path / "ldmseg.pt", official.parts, PQ=0.5, ema=ema)
-    unet = load_official(tmp_path / "ldmseg.pt", NAMES["unet_cfg"]).unet
-    for key, value in unet.state_dict().items():
-        assert torch.equal(value, ema[f"module.{key}"]), key
 
 def test_stage_2_starts_from_ae_pt_and_says_that_the_rest_is_random(
         official, data, tmp_path, monkeypatch, capsys, unscored):

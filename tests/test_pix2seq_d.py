@@ -10,7 +10,7 @@ import sample
 import torch
 import torch.nn.functional as F
 import train_ldm
-from conftest import ON_CPU, TINY_LDM, gaussian, small_config
+from conftest import ON_CPU, TINY_LDM, gaussian, run_of, small_config
 from ldmseg import (
     PRESETS, LDMSeg, Pix2SeqD, ShapeScenes, TrainingStream, UserError, int2bits, load_model,
     most_probable, override, read_image, resize_nearest, rgb2id, write_png,
@@ -252,7 +252,7 @@ def test_half_of_the_samples_have_no_frame_before():
     assert 0.3 < share < 0.7
     assert "previous" not in TrainingStream([ShapeScenes("train", 32)], small_config(), 0)[0]
 
-def test_the_frame_before_is_fed_and_keeps_its_ids(stub_model):
+def test_the_frame_before_is_fed_in_training_and_sampling_and_keeps_its_ids(stub_model):
     ids, _ = blocks()
     previous = ids.roll(4, 2)
     previous[1] = 0  # the second sample has none
@@ -267,13 +267,10 @@ def test_the_frame_before_is_fed_and_keeps_its_ids(stub_model):
     torch.testing.assert_close(fed[0][:, :4], model.schedule.add_noise(x0, eps, t))
     assert (ids[0] != matched[0]).any()
 
-def test_sampling_starts_from_the_frame_before(stub_model):
-    ids, _ = blocks()
-    fed = []
-    model = stub_model(lambda inputs, t: fed.append(inputs[:, -4:]) or 0 * inputs[:, :4])
+    # sampling starts from it
     model.sample(gaussian(2, 3, 32, 32), [(0, 0), (0, 1)], 2, previous=ids)
-    torch.testing.assert_close(fed[0], model.encode_mask(ids))
-    assert not torch.equal(fed[1], fed[0])
+    torch.testing.assert_close(fed[1][:, -4:], model.encode_mask(ids))
+    assert not torch.equal(fed[2][:, -4:], fed[1][:, -4:])
 
 def test_a_folder_of_frames_is_segmented_in_order(tmp_path, monkeypatch, tiny_run):
     scenes, frames = ShapeScenes("val", 32), tmp_path / "frames"
@@ -287,8 +284,7 @@ def test_a_folder_of_frames_is_segmented_in_order(tmp_path, monkeypatch, tiny_ru
     monkeypatch.setattr(LDMSeg, "sample", spy)
     (frames / "._f0.png").write_bytes(b"no image")
     out = tmp_path / "out"
-    sample.main(["--weights", str(tiny_run.ldm), "--video", str(frames), "--out", str(out),
-                 *ON_CPU])  # fmt: skip
+    sample.main(run_of(tiny_run, out, "--video", frames))
     assert [noise for noise, _ in given] == [[(0, 0)]] * 3
     drawn = [rgb2id(read_image(out / f"panoptic/f{time}.png")) for time in (0, 1, 10)]
     assert not given[0][1].any()

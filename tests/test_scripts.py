@@ -17,7 +17,7 @@ import sample
 import torch
 import train_ae
 import train_ldm
-from conftest import IMPORTED, ON_CPU, areas_of
+from conftest import IMPORTED, ON_CPU, areas_of, run_of
 from ldmseg import SHIPPED, Config, ShapeScenes, load_model, override, panoptic_quality, read_image
 from PIL import Image
 
@@ -70,26 +70,16 @@ def test_the_shipped_autoencoder_alone_reconstructs_scenes(model, tmp_path, eval
 
 # ---- sample.py ----
 
-def sample_command(run, out, *more):
-    return ["--weights", str(run), "--out", str(out), "--steps", "2", *ON_CPU, *map(str, more)]
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory, data, tiny_run):
-    """The output folder of sample.py over the validation split."""
-    out = tmp_path_factory.mktemp("samples")
-    sample.main(sample_command(tiny_run.ldm, out, "--data", data))
-    return out
-
-def test_sample_leaves_masks_overlays_json_and_pictures(samples):
+def test_sample_leaves_overlays_pictures_and_masks_with_which_its_json_agrees(
+        data, tiny_run, tmp_path):
+    sample.main(run_of(tiny_run, tmp_path, "--data", data))
     expected = {f"{folder}/val{i}.png" for i in (0, 1) for folder in ("panoptic", "overlay")}
     expected |= {"panoptic.json", "grid.png", "denoising.png", "noises.png"}
-    assert {str(p.relative_to(samples)) for p in samples.rglob("*") if p.is_file()} == expected
-
-def test_panoptic_json_agrees_with_the_masks(samples, data):
-    result = json.loads((samples / "panoptic.json").read_text())
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == expected
+    result = json.loads((tmp_path / "panoptic.json").read_text())
     assert [i["file_name"] for i in result["images"]] == ["val0.png", "val1.png"]
     for info, annotation in zip(result["images"], result["annotations"], strict=True):
-        ids = ldmseg.rgb2id(read_image(samples / "panoptic" / annotation["file_name"]))
+        ids = ldmseg.rgb2id(read_image(tmp_path / "panoptic" / annotation["file_name"]))
         assert annotation["image_id"] == info["id"]
         assert ids.shape == (info["height"], info["width"])
         assert ids.shape == read_image(data / "val" / info["file_name"]).shape[:2]
@@ -100,7 +90,7 @@ def test_a_sample_depends_on_the_images_name_and_the_seed_only(data, tiny_run, t
     paths = [data / "train" / f"train{i}.png" for i in range(3)]
 
     def masks(folder, *arguments):
-        sample.main(sample_command(tiny_run.ldm, tmp_path / folder, *arguments))
+        sample.main(run_of(tiny_run, tmp_path / folder, *arguments))
         return {path.name: read_image(path) for path in (tmp_path / folder / "panoptic").iterdir()}
 
     together, fewer = masks("all", *paths), masks("fewer", paths[2], paths[1])
@@ -122,7 +112,7 @@ def test_a_result_never_overwrites_an_image(complaint, data, tiny_run, tmp_path)
     path.parent.mkdir()
     shutil.copy(data / "train" / "train0.png", path)
     before = path.read_bytes()
-    line = complaint(sample.main, *sample_command(tiny_run.ldm, tmp_path, path))
+    line = complaint(sample.main, *run_of(tiny_run, tmp_path, path))
     assert "would replace inputs" in line and path.read_bytes() == before
 
 # ---- evaluate.py ----

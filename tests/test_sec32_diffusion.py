@@ -36,20 +36,18 @@ ALMOST = dict(rtol=1e-5, atol=1e-5)
 
 # ---- noise schedule (Eq. 3, 5), and where noise comes from ----
 
-def test_alpha_bar_equals_diffusers_and_the_released_code():
+def test_alpha_bar_and_weights_equal_the_released_code_and_diffusers():
     of_diffusers = diffusers.DDIMScheduler(**STABLE_DIFFUSION).alphas_cumprod
     for expected in (of_diffusers, RELEASED["alphas_cumprod"]):
         np.testing.assert_allclose(NoiseSchedule().alpha_bar, expected, rtol=1e-4)
+    expected = RELEASED["w_max_clamp_snr"]
+    np.testing.assert_allclose(NoiseSchedule().weights("released"), expected, rtol=1e-4)
 
 @pytest.mark.parametrize("kind, expected", [
     ("paper", [0.004, 0.1, 0.5, 1, 1, 1]), ("none", [1, 1, 1, 1, 1, 1])])
 def test_paper_weights_rise_linearly_over_a_quarter_then_stay_1(kind, expected):
     weights = NoiseSchedule().weights(kind)[[0, 24, 124, 249, 250, 999]]
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
-
-def test_released_weights_clamp_the_signal_to_noise_ratio_at_2():
-    expected = RELEASED["w_max_clamp_snr"]
-    np.testing.assert_allclose(NoiseSchedule().weights("released"), expected, rtol=1e-4)
 
 @pytest.mark.parametrize("steps, power, expected", [
     (1, 1.0, [999]), (3, 1.0, [999, 666, 332]), (7, 1.0, [999, 856, 713, 570, 428, 285, 142]),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import train_ldm
 from conftest import (
-    ON_CPU, ConvUNet, areas_of, gaussian, ldm_command, relative_error, small_config, write_split,
+    ConvUNet, areas_of, gaussian, ldm_command, relative_error, run_of, small_config, write_split,
 )  # fmt: skip
 from ldmseg import (
     LDMSeg, ShapeScenes, TrainingStream, UserError, gaussian_latents, int2bits, keep_blocks,
@@ -84,11 +84,6 @@ def test_each_image_of_a_batch_is_inpainted_as_alg_3_written_out(model, repeats)
     expected = [alg_3(model, image[[i]], ids[[i]], known[[i]], NOISE[i], repeats) for i in range(3)]
     latents = model.inpaint(image, ids, known, NOISE, 4, repeats)[:, :4]
     assert relative_error(latents, torch.cat(expected)) < 1e-4
-
-def test_where_nothing_is_known_inpainting_is_sampling(model):
-    image, ids, known = situation()
-    logits = model.inpaint(image, ids, torch.zeros_like(known), NOISE, 4)
-    torch.testing.assert_close(logits, model.sample(image, NOISE, 4))
 
 def test_where_all_is_known_the_mask_is_encoded_and_decoded(model):
     image, ids, known = situation()
@@ -260,9 +255,6 @@ def test_a_bad_mask_is_named(tmp_path, values, kind, message):
     mask = save_mask(tmp_path / "mask", values, kind)
     with pytest.raises(UserError, match=f"^{mask}: .*{message}"):
         inpaint.read_mask(mask)
-
-def run_of(run, out, *more):
-    return [str(a) for a in ("--weights", run.ldm, "--out", out, "--steps", 2, *ON_CPU, *more)]
 
 def test_variations_are_written_listed_and_differ(tiny_run, tmp_path):
     given, out = np.zeros((40, 40), int), tmp_path / "out"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import train_ae
 import train_ldm
 from conftest import (
-    ON_CPU, SCENES, ConvUNet, ae_command, gaussian, ldm_command, logged, small_config,
+    ON_CPU, SCENES, ConvUNet, ae_command, gaussian, ldm_command, logged, run_of, small_config,
 )  # fmt: skip
 from ldmseg import (
     TASKS, DepthQuality, LDMSeg, MaskAutoencoder, ShapeScenes, TrainingStream, UserError,
@@ -219,19 +219,13 @@ def test_constant_depth_is_an_error_that_names_the_image_where_a_task_needs_it()
     with pytest.raises(UserError, match="^a.png: depth has one value or none at 1024 valid pixels"):
         prepared(record)
 
-@pytest.fixture(scope="module")
-def drawn():
-    """The first 600 samples of a stream of three tasks, each with given blocks."""
+def test_tasks_are_drawn_equally_often_and_say_whether_ids_are_classes_and_blocks_given():
+    """The second record's two classes are the places 3 and 2; as instances, ids are random."""
     stream = TrainingStream([Records()], task_config(given_share=1.0), seed=4)
-    return [stream[p] for p in range(600)]
-
-def test_all_tasks_are_drawn_equally_often_whichever_data_sets_turn_it_is(drawn):
+    drawn = [stream[p] for p in range(600)]
     for turn in (0, 1):
         counts = np.bincount([s["task"] for s in drawn[turn::2]], minlength=3)
         assert len(counts) == 3 and counts.min() > 70  # of 100, with a standard deviation of 8
-
-def test_the_task_says_whether_ids_are_classes_and_blocks_given(drawn):
-    """The second record's two classes are the places 3 and 2; as instances, ids are random."""
     pairs = [{tuple(s["ids"].unique().tolist()) for s in drawn if s["task"] == task
               and len(s["ids"].unique()) == 2} for task in range(3)]  # fmt: skip
     assert pairs[1] == {(2, 3)} and len(pairs[0]) > 10 and len(pairs[2]) > 10
@@ -313,8 +307,7 @@ def test_the_weights_draw_the_masks_that_sample_wrote(
     assert (result["miou"] if task == "semantic" else result["All"]["pq"]) == 1
 
 def test_sampled_depth_is_written_in_16_bits(runs, data, tmp_path):
-    sample.main(["--weights", str(runs.ldm), "--steps", "2", "--task", "depth", "--data",
-                 str(data), "--out", str(tmp_path), *ON_CPU])  # fmt: skip
+    sample.main(run_of(runs, tmp_path, "--task", "depth", "--data", data))
     for i, (height, width, _) in enumerate(SCENES["val"]):
         written = Image.open(tmp_path / "depth" / f"val{i}.png")
         assert written.mode == "I;16" and (tmp_path / "overlay" / f"val{i}.png").exists()

@@ -134,7 +134,7 @@ class Config:
     unet_attention: tuple = knob((1, 1), "1: self-attention at this level", SHARE, "ldm")
     unet_layers: int = knob(1, "residual blocks per level", (1, 64), "ldm")
     unet_heads: int = knob(4, "heads of the self-attention", (1, 64), "ldm")
-    ldm_steps: int = knob(2200, "optimizer steps", COUNT, "ldm")
+    ldm_steps: int = knob(2100, "optimizer steps", COUNT, "ldm")
     ldm_batch: int = knob(8, "images per step", COUNT, "ldm")
     ldm_lr: float = knob(1e-3, "learning rate", AMOUNT, "ldm")
     ldm_clip: float = knob(1.0, "highest gradient norm", ABOVE_0, "ldm")

@@ -239,7 +239,7 @@ def main(argv=None):
     args = parse(argv)
     model, device, autocast = start_script(args, LDMSeg, scenes=args.data == "shapes")
     model.config.task("instance")  # or a UserError
-    args.steps = args.steps or max(10, model.config.eval_steps)
+    args.steps = args.steps or model.config.completion_steps
     if args.data:
         run_experiment(model, args, device, autocast)
     else:

@@ -185,6 +185,7 @@ class Config:
     num_ids = property(lambda self: 2**self.bits)
     in_pixels = property(lambda self: self.space == "pixels")
     needs_depth = property(lambda self: "depth" in (self.target, *self.tasks))
+    completion_steps = property(lambda self: max(10, self.eval_steps))  # of a single sample
 
     @property
     def latent_shape(self):  # of x0: (C, h, w); of pixels the bits at 1/4 of the size
@@ -965,9 +966,9 @@ class LDMSeg(nn.Module):
                return_all=False):
         """Alg. 2, self-conditioned (Sec. 4.1): images (B, 3, H, W) -> logits (B, N, H/2, W/2),
         or depth (B, 1, H/2, W/2). noise: B pairs (seed, position), or K B of them, K times the
-        images, which gives K B results; eta: as in
-        NoiseSchedule.step; task: one of config.trained_tasks; previous: ids int64 (B, H, W) of
-        the frames before; return_all: a list, one per step."""
+        images, which gives K B results; eta: as in NoiseSchedule.step; task: one of
+        config.trained_tasks; previous: ids int64 (B, H, W) of the frames before; return_all: a
+        list, one per step."""
         known = self.config.trained_tasks
         require(task in known, f"task {task}, expected one of {known}")
         generators = [random_generator(seed, "noise", position) for seed, position in noise]
@@ -1055,16 +1056,18 @@ class LDMSeg(nn.Module):
         wanted = {"instance", "semantic", *tasks} if "panoptic" in tasks else set(tasks)
         noise = [(seed, f"{position} {k}" if k else position)
                  for k in range(samples) for seed, position in batch["noise"]]
-        outputs = {}
-        for task in (task for task in TASKS if task in wanted):
-            output = self.sample(batch["image"], noise, steps, eta, task, batch.get("previous"))
+        outputs = {task: self.sample(batch["image"], noise, steps, eta, task,
+                                     batch.get("previous")) for task in TASKS if task in wanted}
+        if samples == 1:
+            return outputs
+        for task, output in outputs.items():
             several = output.float().unflatten(0, (samples, -1))  # (K, B, N or 1, h, w)
-            if samples > 1 and task == "instance":
-                output = torch.stack([merge_samples(one) for one in several.unbind(1)])
-            elif samples > 1:
-                several = several.softmax(2) if task == "semantic" else several
-                output = several.mean(0).log() if task == "semantic" else several.mean(0)
-            outputs[task] = output
+            if task == "instance":
+                outputs[task] = torch.stack([merge_samples(one) for one in several.unbind(1)])
+            elif task == "semantic":
+                outputs[task] = several.softmax(2).mean(0).log()
+            else:
+                outputs[task] = several.mean(0)
         return outputs
 
     def segment(self, image, steps=None, task=None, seed=0, samples=None):
@@ -1081,7 +1084,7 @@ class LDMSeg(nn.Module):
     def complete(self, image, given_mask, steps=None, repeats=1, seed=0, return_confidence=False):
         """Complete a mask, int ids (h, w) of the caller's choice, 0 = unknown, of an image uint8
         (H, W, 3) -> as `segment`, what is given unchanged, new segments with other ids.
-        steps: by default config.eval_steps, but at least 10, for there is one sample.
+        steps: by default config.completion_steps.
         return_confidence: also the highest probability at each cell of logits, resized, (H, W)."""
         self.config.task("instance")  # or a UserError
         size, N, given = image.shape[:2], self.config.num_ids, np.setdiff1d(given_mask, [VOID])
@@ -1093,7 +1096,7 @@ class LDMSeg(nn.Module):
         small = small.long().to(self.device)
         picture = image_tensor(image, self.config.size)[None].to(self.device)
         logits = self.inpaint(picture, small, small != VOID, [(seed, 0)],
-                              steps or max(10, self.config.eval_steps), repeats)[0]
+                              steps or self.config.completion_steps, repeats)[0]
 
         # what is given comes back unchanged, with the caller's ids; new segments take the
         # lowest ones that are not used
@@ -1709,7 +1712,8 @@ def prepare(record, config, rng, augment, task="instance"):
     1..K of classes. augment: random flips, crops and colours, segments below
     config.min_segment VOID."""
     # a square, of all or a part; masks and depth by nearest neighbour
-    size, flip, part = (config.size, config.size), augment and rng.random() < 0.5, ...
+    size, flip = (config.size, config.size), augment and rng.random() < 0.5
+    part = slice(None)
     if augment and config.crop < 1:
         part = random_crop(record["ids"].shape, config.crop, rng)
     sample = {"image": image_tensor(record["image"][part], config.size)}

@@ -163,6 +163,7 @@ def main(argv=None):
     if args.video:
         require(rank_and_world()[1] == 1, "--video: a frame needs the one before; one process")
         require(task == "instance", f"--video: expected --task instance, not {task}")
+        args.samples = 1  # merging would number their segments anew
     out, entries, rows, first, images = Path(args.out), [], [], [], []
     previous = torch.zeros(1, model.config.size, model.config.size, dtype=torch.long)
     with autocast():
@@ -170,7 +171,6 @@ def main(argv=None):
                                                  args.workers, limit, 1 if args.video else 16):
             if args.video:  # all frames have one noise
                 batch |= {"noise": [(args.seed, 0)], "previous": previous.to(device)}
-                args.samples = 1  # merging would number their segments anew
             eta = SAMPLERS[args.sampler]
             outputs = model.sample_tasks(batch, [task], args.steps, eta, args.samples)
             for i, record in enumerate(records):

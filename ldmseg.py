@@ -58,6 +58,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
@@ -707,12 +708,14 @@ class PatchStem(nn.Module):
         return self.layers(image)
 
 def run_frozen(layers, image):
-    """No gradient; bfloat16 if autocast asks for it, else float32: float16 overflows."""
+    """No gradient; all in bfloat16, weights too, if autocast asks for it, which itself would keep
+    norms in float32 (twice as slow on GPUs); else in float32: float16 overflows."""
     kind = image.device.type
-    is_bf16 = torch.get_autocast_dtype(kind) == torch.bfloat16
-    enabled = is_bf16 and torch.is_autocast_enabled(kind)
-    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=enabled):
-        return layers(image)
+    asked = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    dtype = torch.bfloat16 if asked == torch.bfloat16 else torch.float32
+    weights = {name: weight.to(dtype) for name, weight in layers.state_dict().items()}
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        return functional_call(layers, weights, image.to(dtype))
 
 class StableDiffusionEncoder(nn.Module):
     """The paper's image latents: the means of Stable Diffusion's frozen encoder."""

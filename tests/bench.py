@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -609,9 +608,12 @@ class DeviceTable:
         self.row(f"stage 1, batch {batch}", batch,
                  lambda: train_step(optimizer, lambda: loss(model, ids)))
         self.row(f"image encoder, batch {batch}", batch, partial(self.autocast()(encoder), image))
-        layers, image = deepcopy(encoder.layers).bfloat16(), image.bfloat16()
-        self.row(f"image encoder of bfloat16, batch {batch}", batch, torch.no_grad()(
-            partial(layers, image)))
+        with torch.no_grad(), self.autocast():  # autocast's own way, norms in float32
+            self.row(f"image encoder's layers, batch {batch}", batch, partial(encoder.layers, image))
+            latents, mixed = encoder(image), encoder.layers(image)[:, :4]
+        exact = encoder(image)
+        for name, z in (("bfloat16", latents), ("autocast", mixed)):
+            print(f"    latents of {name}: {(z - exact).norm() / exact.norm():.4f} from float32's")
         self.start()
         for cached in (False, True):
             for batch in self.batches:

@@ -396,13 +396,13 @@ def test_frozen_encoders_never_run_in_float16(sd_folder, dinov2, lite0, kind):
     encoder = {"dinov2": dinov2[2], "lite0": lite0}.get(kind) or sd_model(sd_folder).image_encoder
     seen, image = [], gaussian(1, 3, 32, 32)
     first = next(m for m in encoder.layers.modules() if isinstance(m, nn.Conv2d))
-    first.register_forward_pre_hook(lambda *_: seen.append(
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")))
+    first.register_forward_pre_hook(lambda module, inputs: seen.append(
+        (inputs[0].dtype, module.weight.dtype)))
     for dtype in (torch.float16, torch.bfloat16):
         with torch.autocast("cpu", dtype):
             assert encoder(image).dtype == torch.float32
     encoder(image)
-    assert seen == [False, torch.bfloat16, False]
+    assert seen == [(dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)]
 
 @torch.no_grad()
 def test_at_first_the_output_is_stable_diffusions_whatever_the_image(sd_folder):

@@ -41,16 +41,15 @@ def parse(argv):
             "--out": dict(help="folder of the results", default="runs/inpaint"),
             "--json": dict(help="where the table goes (default: table.json in --out)")},
         "sampling": {
-            "--steps": dict(help="default: the weights' own, at least 10", type=whole_number),
+            "--steps": dict(help="default: 4 or more, of one sample 10", type=whole_number),
+            "--samples": dict(help="to merge (variations: 1)", type=whole_number),
             "--variations": dict(help="completions to draw", type=whole_number, default=1),
-            "--repeats": dict(help="passes over each timestep (Alg. 3: 1)", type=whole_number,
-                              default=1),
-            "--drop-rate": dict(help="shares of the blocks to drop", type=float, nargs="+",
-                                default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="R"),
-            "--block": dict(help="block sizes, of the model's input (default: side / 32, ... "
-                            "side / 2)", type=whole_number, nargs="+", metavar="PIXELS"),
-            "--strokes": dict(help="also a row with three strokes in each segment",
-                              action="store_true")},
+            "--repeats": dict(help="passes over a timestep", type=whole_number, default=1),
+            "--drop-rate": dict(help="shares of the blocks to drop", metavar="R", type=float,
+                                nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9]),
+            "--block": dict(help="block sizes (default: the model's side / 32, ... / 2)",
+                            type=whole_number, nargs="+", metavar="PIXELS"),
+            "--strokes": dict(help="also strokes, three a segment", action="store_true")},
     }).parse_args(argv)
     fits = bool(args.data) != bool(args.image) and bool(args.image) == bool(args.mask)
     require(fits, "expected --image and --mask, or --data")
@@ -99,14 +98,16 @@ def complete_image(model, args, autocast):
     """One image: files in --out, and a row of pictures."""
     image, name = read_image(args.image), Path(args.image).name
     given, count = read_mask(args.mask), args.variations
+    samples = args.samples or (1 if count > 1 else model.config.eval_samples)
     stretch = given.shape[0] / given.shape[1] * image.shape[1] / image.shape[0]
     require(abs(stretch - 1) < 0.02, f"{args.mask}: {given.shape} pixels, expected the aspect of "
             f"the image of {image.shape[:2]}")
     names = [f"{Path(name).stem}_{k + 1}" for k in range(count)] if count > 1 else [name]
     keep_inputs(args.out, *(Path(file).parent for file in (args.image, args.mask)))
     with autocast():
-        masks, segments, confidence = zip(*(model.complete(
-            image, given, args.steps, args.repeats, args.seed + k, True) for k in range(count)))
+        masks, segments, confidence = zip(*(
+            model.complete(image, given, args.steps, args.repeats, args.seed + k, True, samples)
+            for k in range(count)))
     records = [{"image": image, "file_name": name, "image_id": Path(n).stem} for n in names]
     write_panoptic_json(args.out, [write_panoptic(args.out, *result) for result in zip(
         names, records, masks, segments)])
@@ -192,8 +193,8 @@ def run_experiment(model, args, device, autocast):
 
     def complete(batch, known):
         with autocast():
-            return model.inpaint(batch["image"], batch["ids"], known, batch["noise"], args.steps,
-                                 args.repeats)
+            return model.inpaint_samples(batch["image"], batch["ids"], known, batch["noise"],
+                                         args.steps, args.repeats, args.samples)
 
     for records, batch in evaluation_batches(dataset, config, device, args.seed, args.workers,
                                              args.limit):
@@ -239,7 +240,6 @@ def main(argv=None):
     args = parse(argv)
     model, device, autocast = start_script(args, LDMSeg, scenes=args.data == "shapes")
     model.config.task("instance")  # or a UserError
-    args.steps = args.steps or model.config.completion_steps
     if args.data:
         run_experiment(model, args, device, autocast)
     else:

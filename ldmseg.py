@@ -186,7 +186,6 @@ class Config:
     num_ids = property(lambda self: 2**self.bits)
     in_pixels = property(lambda self: self.space == "pixels")
     needs_depth = property(lambda self: "depth" in (self.target, *self.tasks))
-    completion_steps = property(lambda self: max(10, self.eval_steps))  # of a single sample
 
     @property
     def latent_shape(self):  # of x0: (C, h, w); of pixels the bits at 1/4 of the size
@@ -543,33 +542,44 @@ def merge_panoptic(instance_logits, semantic_logits, size, isthing, mask_thresho
             class_of[int(table[id])] = winner
     return table[ids], class_of
 
-def merge_samples(logits, least=0.3):
+def merge_samples(logits, given=(), least=0.3):
     """What samples of an image agree on: logits (K, N, h, w), whose ids differ -> (N, h, w),
-    segments 1, 2, ... from the most to the least agreed on. NOTE: paper: one sample; here, if
-    asked, several, because what is in one of them alone is mostly wrong. least: of agreement."""
+    segments 1, 2, ... from the most to the least agreed on. given: ids that mean the same in
+    all samples, and in the result. NOTE: paper: one sample; here, if asked, several, because
+    what is in one of them alone is mostly wrong. least: of agreement."""
     K, N, h, w = logits.shape
     probability = logits.float().softmax(1)[:, 1:].flatten(2).flatten(0, 1)  # (K (N-1), h w)
+    ids = list(range(1, N)) * K  # of its rows
 
-    # the agreement on a segment: its IoU with the most similar one of another sample, mean
+    # the agreement on a segment: its IoU with the most similar one of another sample, mean;
+    # a given one is similar to that of its id alone
     mask = (probability > 0.5).float()
     both, area = mask @ mask.T, mask.sum(1)
     iou = both / (area[:, None] + area - both).clamp(min=1)
+    kind = torch.tensor([id if id in given else VOID for id in ids], device=iou.device)
+    iou = iou.masked_fill(kind[:, None] != kind, 0)
     iou, place = iou.unflatten(1, (K, N - 1)).max(2)  # (K (N-1), K)
     agreement = (iou.sum(1) - 1) / (K - 1)  # without itself
     place = place + (N - 1) * torch.arange(K, device=place.device)
 
-    # one after the other, where there is room: the mean over samples that have it
-    taken, merged = torch.zeros_like(mask[0], dtype=torch.bool), []
-    for s in agreement.argsort(descending=True, stable=True):
-        if agreement[s] < least or len(merged) == N - 1:
+    # one after the other, given ones first, where there is room: the mean over samples that
+    # have it
+    order = agreement.argsort(descending=True, stable=True).tolist()
+    merged, unused = {}, sorted({*ids} - {*given}, reverse=True)
+    taken = torch.zeros_like(mask[0], dtype=torch.bool)
+    for s in sorted(order, key=lambda s: ids[s] not in given):
+        is_given = ids[s] in given
+        if not is_given and (agreement[s] < least or not unused):
             break
-        if mask[s][taken].sum() < 0.5 * area[s]:
-            merged.append(probability[place[s][iou[s] > 0.5]].mean(0))
-            taken |= merged[-1] > 0.5
+        is_merged = is_given and ids[s] in merged
+        if not is_merged and mask[s][taken].sum() < 0.5 * area[s]:
+            share = probability[place[s][iou[s] > 0.5]].mean(0)
+            merged[ids[s] if is_given else unused.pop()] = share
+            taken |= share > 0.5
 
     # logits of shares that sum up to 1, the rest VOID
     result = torch.zeros(N, h * w, device=logits.device)
-    for id, share in enumerate(merged, 1):
+    for id, share in merged.items():
         result[id] = share
     result /= result.sum(0).clamp(min=1)
     result[VOID] = 1 - result.sum(0)
@@ -655,6 +665,11 @@ class NoiseSchedule(nn.Module):
         not divide T."""
         require(1 <= steps <= self.T, f"{steps} sampling steps, expected 1 to {self.T}")
         return [round(self.T - self.T * (i / steps) ** power) - 1 for i in range(steps)]
+
+def noise_of_samples(noise, samples):
+    """B pairs (seed, position) -> K B, for K samples of each; the first are the same B."""
+    return [(seed, f"{position} {k}" if k else position)
+            for k in range(samples) for seed, position in noise]
 
 def noise_and_timesteps(positions, config, seed, device):
     """eps (B, 4, h, w) and t int64 (B,), of pixels float, of samples at these positions."""
@@ -1013,7 +1028,9 @@ class LDMSeg(nn.Module):
         generators = [random_generator(seed, "noise", position) for seed, position in noise]
 
         # z_i = f_i(x) * s; z_t = Gaussian noise
-        z_image = self.encode_image(image)
+        samples = len(noise) // len(image)
+        z_image = self.encode_image(image).repeat(samples, 1, 1, 1)
+        ids, known = ids.repeat(samples, 1, 1), known.repeat(samples, 1, 1)
         z_t = first_noise = gaussian_latents(generators, self.config, self.device)
         timesteps, x0, given = self.timesteps(steps), torch.zeros_like(z_t), ids * known
         task = self.config.trained_tasks.index("instance")
@@ -1057,8 +1074,7 @@ class LDMSeg(nn.Module):
         samples are by default config.eval_steps and .eval_samples."""
         steps, samples = steps or self.config.eval_steps, samples or self.config.eval_samples
         wanted = {"instance", "semantic", *tasks} if "panoptic" in tasks else set(tasks)
-        noise = [(seed, f"{position} {k}" if k else position)
-                 for k in range(samples) for seed, position in batch["noise"]]
+        noise = noise_of_samples(batch["noise"], samples)
         outputs = {task: self.sample(batch["image"], noise, steps, eta, task,
                                      batch.get("previous")) for task in TASKS if task in wanted}
         if samples == 1:
@@ -1073,6 +1089,19 @@ class LDMSeg(nn.Module):
                 outputs[task] = several.mean(0)
         return outputs
 
+    def inpaint_samples(self, image, ids, known, noise, steps=None, repeats=1, samples=None):
+        """`inpaint`, merged of several samples, by default config.eval_samples of at least four
+        steps; of a single one at least ten."""
+        samples = samples or self.config.eval_samples
+        steps = steps or max(self.config.eval_steps, 10 if samples == 1 else 4)
+        noise = noise_of_samples(noise, samples)
+        logits = self.inpaint(image, ids, known, noise, steps, repeats)
+        if samples == 1:
+            return logits
+        several = logits.unflatten(0, (samples, -1)).unbind(1)  # of an image (K, N, h, w)
+        given = [set(one.unique().tolist()) - {VOID} for one in ids * known]
+        return torch.stack([merge_samples(*one) for one in zip(several, given)])
+
     def segment(self, image, steps=None, task=None, seed=0, samples=None):
         """image uint8 (H, W, 3) of any size -> ids int32 (H, W), 0 = VOID, and COCO's
         segments_info, as `draw`. steps, samples: as in `sample_tasks`; task: of
@@ -1084,10 +1113,11 @@ class LDMSeg(nn.Module):
         outputs = {name: output[0] for name, output in outputs.items()}
         return draw(outputs, task, image.shape[:2], self.config)
 
-    def complete(self, image, given_mask, steps=None, repeats=1, seed=0, return_confidence=False):
+    def complete(self, image, given_mask, steps=None, repeats=1, seed=0, return_confidence=False,
+                 samples=None):
         """Complete a mask, int ids (h, w) of the caller's choice, 0 = unknown, of an image uint8
         (H, W, 3) -> as `segment`, what is given unchanged, new segments with other ids.
-        steps: by default config.completion_steps.
+        steps, samples: as in `inpaint_samples`.
         return_confidence: also the highest probability at each cell of logits, resized, (H, W)."""
         self.config.task("instance")  # or a UserError
         size, N, given = image.shape[:2], self.config.num_ids, np.setdiff1d(given_mask, [VOID])
@@ -1098,8 +1128,8 @@ class LDMSeg(nn.Module):
         small = F.adaptive_max_pool2d(torch.from_numpy(ids)[None].float(), self.config.size)
         small = small.long().to(self.device)
         picture = image_tensor(image, self.config.size)[None].to(self.device)
-        logits = self.inpaint(picture, small, small != VOID, [(seed, 0)],
-                              steps or self.config.completion_steps, repeats)[0]
+        logits = self.inpaint_samples(picture, small, small != VOID, [(seed, 0)], steps, repeats,
+                                      samples)[0]
 
         # what is given comes back unchanged, with the caller's ids; new segments take the
         # lowest ones that are not used

@@ -85,6 +85,15 @@ def test_each_image_of_a_batch_is_inpainted_as_alg_3_written_out(model, repeats)
     latents = model.inpaint(image, ids, known, NOISE, 4, repeats)[:, :4]
     assert relative_error(latents, torch.cat(expected)) < 1e-4
 
+def test_samples_of_a_completion_have_noises_of_their_own_and_merge_around_what_is_given(model):
+    image, ids, known = situation()
+    merged = model.inpaint_samples(image, ids, known, NOISE, 2, samples=3)
+    for i, (seed, name) in enumerate(NOISE):
+        single = torch.cat([model.inpaint(image[[i]], ids[[i]], known[[i]], [(seed, position)], 2)
+                            for position in (name, f"{name} 1", f"{name} 2")])
+        expected = ldmseg.merge_samples(single, np.setdiff1d(ids[i][known[i]], 0))
+        torch.testing.assert_close(merged[i], expected, rtol=1e-4, atol=1e-4)
+
 def test_where_all_is_known_the_mask_is_encoded_and_decoded(model):
     image, ids, known = situation()
     ids = ids.clamp(min=1)

@@ -53,35 +53,42 @@ def test_merging_equals_a_loop_over_pixels():
         expected, classes = merge_in_loops(*maps.repeat(2, 1).repeat(2, 2), isthing, 8)
         assert np.array_equal(ids, expected) and class_of == classes
 
-def shares_by_loops(maps, least):
-    """What merge_samples makes of confident maps (H, W) of 15 ids: shares (m, H W)."""
+def shares_by_loops(maps, least, given):
+    """What merge_samples makes of confident maps (H, W) of 15 ids: shares (16, H W)."""
     def iou(a, b):
-        return (a & b).sum() / (a | b).sum()
-    masks = [[(m == id).ravel() for id in range(1, 16) if id in m] for m in maps]
-    best = [[max(others, key=lambda other: iou(mask, other)) for others in masks]
-            for sample in masks for mask in sample]  # fmt: skip
+        return (a[1] & b[1]).sum() / (a[1] | b[1]).sum() if a[0] == b[0] else 0
+    found = [[(id if id in given else 0, (m == id).ravel()) for id in range(1, 16) if id in m]
+             for m in maps]  # fmt: skip
+    best = [[max(others, key=lambda other: iou(own, other)) for others in found]
+            for sample in found for own in sample]  # fmt: skip
+    found = sum(found, [])
     agreement = [(sum(iou(own, b) for b in row) - 1) / (len(maps) - 1)
-                 for own, row in zip(sum(masks, []), best)]  # fmt: skip
-    taken, shares = np.zeros(maps[0].size, bool), []
-    for i in sorted(range(len(best)), key=lambda i: -agreement[i]):
-        own = sum(masks, [])[i]
-        if agreement[i] >= least and (own & taken).sum() < own.sum() / 2:
-            shares.append(np.mean([b for b in best[i] if iou(own, b) > 0.5], 0))
-            taken |= shares[-1] > 0.5
-    return np.array(shares) / np.sum(shares, 0).clip(min=1)
+                 for own, row in zip(found, best)]  # fmt: skip
+    shares, unused = {}, (id for id in range(1, 16) if id not in given)
+    for i in sorted(range(len(best)), key=lambda i: (not found[i][0], -agreement[i])):
+        id, own = found[i]
+        taken = sum((share > 0.5 for share in shares.values()), np.zeros(own.size, bool))
+        fits = (own & taken).sum() < own.sum() / 2
+        if (id or agreement[i] >= least) and id not in shares and fits:
+            alike = [b[1] for b in best[i] if iou(found[i], b) > 0.5]
+            shares[id or next(unused)] = np.mean(alike, 0)
+    result = np.array([shares.get(id, 0 * taken) for id in range(16)])
+    result /= result.sum(0).clip(min=1)
+    result[0] = 1 - result.sum(0)
+    return result
 
-def test_samples_are_merged_as_by_loops_whatever_their_ids():
-    found = []
+@pytest.mark.parametrize("given", [[], [5, 2]])
+def test_samples_are_merged_as_by_loops_whatever_their_ids(given):
+    found, others = [], [id for id in range(1, 16) if id not in given]
     for seed in range(20):
         rng = np.random.default_rng(seed)
         regions, maps = rng.permutation(4).reshape(2, 2).repeat(4, 0).repeat(4, 1), []
         for _ in range(4):
-            maps.append(rng.permutation(np.arange(1, 16))[regions])
+            maps.append(np.array([*given, *rng.permutation(others)])[regions])
             maps[-1][rng.random((8, 8)) < 0.25] = rng.integers(1, 16)  # an accident of its own
-        merged = merge_samples(torch.stack([*map(logits_of, maps)])).exp().flatten(1).numpy()
-        shares = shares_by_loops(maps, 0.3)
-        np.testing.assert_allclose(merged[1 : len(shares) + 1], shares, atol=2e-6)
-        np.testing.assert_allclose(merged[0], 1 - shares.sum(0), atol=2e-6)
+        merged = merge_samples(torch.stack([*map(logits_of, maps)]), given)
+        merged, shares = merged.exp().flatten(1).numpy(), shares_by_loops(maps, 0.3, given)
+        np.testing.assert_allclose(merged, shares, atol=2e-6)
         found.append([ldmseg.panoptic_quality(1 + regions, ids)["pq"]
                       for ids in (maps[0], merged.argmax(0).reshape(8, 8))])
     single, together = np.mean(found, 0)

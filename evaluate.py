@@ -116,7 +116,7 @@ def score_files(args):
     for state in progress(loader, "comparing"):
         metric.state += state
     metric.all_reduce(device)
-    areas, unlisted = map(int, metric.mismatches)
+    areas, unlisted = int(metric.state[:, 5].sum()), int(metric.state[-1, 4])
     if areas and is_main():
         print(f"warning: {args.gt}: {areas} segments have another area than their pixels; pixels "
               "were counted", file=sys.stderr)

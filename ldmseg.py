@@ -1162,16 +1162,14 @@ class AnalogBits(nn.Module):
     def code(self, ids):  # (B, H, W) -> (B, n, h, w)
         return F.embedding(self.shrink(ids), self.codes).permute(0, 3, 1, 2)
 
-    def encode(self, codes):
-        return codes
-
     def decode(self, z):  # (B, n, h, w) -> logits (B, N, h, w): the nearest code's is highest
         with torch.autocast(z.device.type, enabled=False):
             fit = torch.einsum("bnhw,kn->bkhw", z, 2 * self.codes)
         fit = fit - self.codes.square().sum(1).view(1, -1, 1, 1)
         return fit * (4 / self.config.bits_scale**2)
 
-    reconstruct = MaskAutoencoder.reconstruct
+    def reconstruct(self, ids):  # (B, H, W) -> logits (B, N, h, w)
+        return self.decode(self.code(ids))
 
 class CosineSchedule(NoiseSchedule):
     """Pix2Seq-D's, of times from T to 0 that need not be whole."""
@@ -1229,9 +1227,8 @@ class Pix2SeqD(LDMSeg):
         area = F.one_hot(ids.flatten(1), self.config.num_ids).sum(1)  # (B, N)
         weights = area.gather(1, ids.flatten(1)).view_as(ids) ** -self.config.loss_power
         valid = ids != VOID
-        weights = weights * valid
-        count = valid.sum((1, 2), keepdim=True)
-        return error, weights * count / weights.sum((1, 2), keepdim=True).clamp(min=1e-9)
+        mean = (weights * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+        return error, valid * weights / mean.clamp(min=1e-9).view(-1, 1, 1)
 
 # ========================================================================================
 # Part II. Data and metrics
@@ -1250,9 +1247,6 @@ class PanopticQuality:
         # rows: categories, ids in no list; columns: sum of IoU, TP, FN, pixels in both,
         # pixels of the truth, its segments of another area in the JSON, FP, pixels predicted
         self.state = np.zeros((len(rows) + 1, 8))
-
-    # of the truth: segments of another area, pixels of ids in no list
-    mismatches = property(lambda self: (self.state[:, 5].sum(), self.state[-1, 4]))
 
     def all_reduce(self, device):  # sum over ranks
         self.state = sum_over_ranks(torch.from_numpy(self.state).to(device)).cpu().numpy()
@@ -1565,17 +1559,12 @@ def draw_instances(segments, size):
         ids[masks[id]] = id
     return ids
 
-FIELDS = {  # of a JSON's entries: the type or values that fit; the first field is the key
-    "category": {"id": int, "isthing": (0, 1)},
-    "image": {"id": int | str, "file_name": str},
-    "annotation": {"image_id": int | str, "file_name": str, "segments_info": list},
-    "segment": {"id": range(1, 2**24), "category_id": int, "iscrowd": (0, 1, None)}}
-
 def number(value):  # of a JSON that may have "17" for 17; what is no number stays
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
-def index_entries(kind, entries, fields):
-    """{key: entry}; UserError where a field does not fit or a key is there twice."""
+def index_entries(kind, entries, **fields):
+    """{key: entry} of a JSON's list. fields: the type or the values that fit; the first is the
+    key. UserError where a field does not fit or a key is there twice."""
     key, index = next(iter(fields)), {}
     for entry in entries:
         for name, allowed in fields.items():
@@ -1584,8 +1573,7 @@ def index_entries(kind, entries, fields):
             if not (isinstance(value, allowed) if is_type else value in allowed):
                 raise UserError(f"{kind}: {name} is {value!r}, expected {allowed}")
             entry[name] = value
-        if entry[key] in index:
-            raise UserError(f"{kind}: {key} {entry[key]!r} twice, expected once")
+        require(entry[key] not in index, f"{kind}: {key} {entry[key]!r} twice, expected once")
         index[entry[key]] = entry
     return index
 
@@ -1604,13 +1592,15 @@ def read_coco(path, category_ids=None):
             annotations = [{"image_id": id, "file_name": "", "segments_info": group}
                            for id, group in groups.items()]
             listed = [{"isthing": 1} | c for c in listed]
-        images = index_entries("image", data.get("images", ()), FIELDS["image"])
-        annotations = index_entries("annotation", annotations, FIELDS["annotation"])
-        known = () if category_ids else listed
-        categories = index_entries("category", known, FIELDS["category"])
-        fields = FIELDS["segment"] | {"category_id": category_ids or set(categories)}
+        images = index_entries("image", data.get("images", ()), id=int | str, file_name=str)
+        annotations = index_entries("annotation", annotations, image_id=int | str,
+                                    file_name=str, segments_info=list)
+        categories = index_entries("category", () if category_ids else listed, id=int,
+                                   isthing=(0, 1))
+        classes = category_ids or set(categories)
         for id, annotation in annotations.items():
-            index_entries(f"image {id}: segment", annotation["segments_info"], fields)
+            index_entries(f"image {id}: segment", annotation["segments_info"],
+                          id=range(1, 2**24), category_id=classes, iscrowd=(0, 1, None))
 
         # where a tool's path leaves its folder, images are found by their base names
         for entry in (*images.values(), *annotations.values()):
@@ -1645,13 +1635,12 @@ class PanopticDataset(Dataset):
         require(info, f"{place}: annotated, expected in images")
 
         # the image, at file_name in image_dir or the only one of that base name
-        name = info["file_name"]
-        if not (self.image_dir / name).is_file():
-            paths = self.paths[os.path.basename(name).replace("_gtFine", "")]  # Cityscapes
-            require(len(paths) == 1, f"{self.image_dir / name}: no such image, its name is "
-                    f"{len(paths)} times below {self.image_dir}: {paths}; --images names a folder")
-            name = paths[0]
-        image = read_image(self.image_dir / name)
+        path = self.image_dir / info["file_name"]
+        base = path.name.replace("_gtFine", "")  # of Cityscapes
+        places = [info["file_name"]] if path.is_file() else self.paths[base]
+        require(len(places) == 1, f"{path}: no such image, its name is {len(places)} times "
+                f"below {self.image_dir}: {places}; --images names a folder")
+        image = read_image(self.image_dir / places[0])
         size = image.shape[:2]
 
         # its ids, of a PNG or drawn
@@ -1675,7 +1664,7 @@ class PanopticDataset(Dataset):
         record = {"image": image, "ids": ids, "segments": segments, "image_id": info["id"],
                   "file_name": info["file_name"]}
         if self.depth:
-            record["depth"] = read_depth(Path(f"{self.image_dir}_depth", name), size)
+            record["depth"] = read_depth(Path(f"{self.image_dir}_depth", places[0]), size)
         return record
 
 def open_dataset(data, split, images, size, kind, depth=False):
@@ -2102,11 +2091,11 @@ def means(batches):
     "skipped": how many, if any, were not."""
     batches = default_collate(batches)
     finite = batches["loss"].isfinite()
-    count, skipped = sum_over_ranks(torch.stack([finite.sum(), (~finite).sum()])).tolist()
-    sums = {name: sum_over_ranks(values[finite].sum()) for name, values in batches.items()}
-    result = {name: (total / count).item() for name, total in sums.items()}
-    result = {name: value for name, value in result.items() if math.isfinite(value)}
-    return result | ({"skipped": skipped} if skipped else {})
+    sums = [values[finite].sum() for values in batches.values()]
+    sums = sum_over_ranks(torch.stack([*sums, finite.sum(), (~finite).sum()]))
+    *sums, count, skipped = sums.tolist()
+    result = {name: total / count for name, total in zip(batches, sums)} if count else {}
+    return result | ({"skipped": int(skipped)} if skipped else {})
 
 # ---- 17. Run folders and weights -------------------------------------------------------
 
@@ -2161,9 +2150,9 @@ def checksum(about, tensors):  # of weights {name: tensor} and what is said abou
         result = zlib.crc32(tensor.numpy(), zlib.crc32(name.encode(), result))
     return result
 
-def save_weights(path, model, config, facts="", dtype=torch.float32):
+def save_weights(path, model, config, facts=""):
     """Write safetensors for `load_model`. facts: a line about the weights to tell."""
-    tensors = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     about = {"model": type(model).__name__, "config": asdict(config), "facts": facts}
     about["crc32"] = checksum(about, tensors)
     with replacing(path) as temporary:
@@ -2209,8 +2198,7 @@ def resume_run(args, config, state, steps):
     settings = {k: v for k, v in (vars(args) | asdict(config)).items() if k not in FREE}
     checkpoint = None if args.fresh else load_checkpoint(args.out)
     anywhere = any_rank(checkpoint, next(state["model"].parameters()).device)
-    require(bool(checkpoint) == anywhere,
-            f"{args.out}: only some processes see its checkpoint")
+    require(bool(checkpoint) == anywhere, f"{args.out}: only some processes see its checkpoint")
     if not checkpoint:
         return 0, settings
     stored, step = checkpoint["settings"], checkpoint["step"]
@@ -2301,20 +2289,19 @@ def convert_official(content, unet_config=None):
                 words[1] = str(place - (place > identity))
             if words[0] != "post_quant_conv":  # the decoder's, which is not there
                 tensors[prefix + ".".join(words)] = tensor
-    config = replace(PRESETS["paper"], latents="gaussian", loss_weights="released")
+    changes = {"latents": "gaussian", "loss_weights": "released"}
     if "vae_image" in content:
         bias = "image_encoder.layers.0.down_blocks.{}.resnets.0.conv1.bias"
         widths = [len(tensors[bias.format(i)]) for i in range(4)]
-        shape = json.dumps(SD_VAE | {"block_out_channels": widths})
-        config = replace(config, encoder_json=shape)
+        changes["encoder_json"] = json.dumps(SD_VAE | {"block_out_channels": widths})
     if unet_config:
-        attention = tuple(int("Attn" in name) for name in unet_config["down_block_types"])
-        config = replace(config, size=8 * unet_config["sample_size"],
-                         unet_attention=attention,
-                         unet_widths=tuple(unet_config["block_out_channels"]),
-                         unet_layers=unet_config["layers_per_block"],
-                         unet_heads=unet_config["attention_head_dim"])
-    return config, tensors
+        down = unet_config["down_block_types"]
+        changes |= {"size": 8 * unet_config["sample_size"],
+                    "unet_attention": tuple(int("Attn" in name) for name in down),
+                    "unet_widths": tuple(unet_config["block_out_channels"]),
+                    "unet_layers": unet_config["layers_per_block"],
+                    "unet_heads": unet_config["attention_head_dim"]}
+    return replace(PRESETS["paper"], **changes), tensors
 
 def load_official(path, unet_config=None):
     """The authors' ae.pt -> MaskAutoencoder, ldmseg.pt -> LDMSeg, "ema" as its UNet."""
@@ -2440,16 +2427,13 @@ def colorize(drawn, truth=None, image=None):
         near = (high - drawn[..., None]) / max(high - low, 1e-9)
         return np.nan_to_num(near * (215, 190, 60) + (40, 30, 90)).astype(np.uint8)
     ids = drawn if truth is None else align_ids(drawn, truth)
-    picture, stripe = np.empty((*ids.shape, 3), np.uint8), max(2, len(ids) // 32)
-    for y, row in enumerate(picture):  # row by row: indices and floats would take gigabytes
-        void = ids[y] == VOID
-        row[:] = PALETTE[(ids[y] - 1) % 255]
-        if image is None:
-            row[void] = 51 + 38 * ((y + np.flatnonzero(void)) // stripe % 2)[:, None]
-        else:
-            row[~void] = 0.45 * image[y, ~void] + 0.55 * row[~void]
-            row[void] = image[y, void]
-    return picture
+    picture = PALETTE[(ids - 1) % 255]
+    if image is None:
+        y, x = np.ogrid[: ids.shape[0], : ids.shape[1]]
+        void = np.uint8(51 + 38 * ((y + x) // max(2, len(ids) // 32) % 2))[..., None]
+    else:
+        picture, void = Image.blend(*map(Image.fromarray, (image, picture)), 0.55), image
+    return np.where((ids == VOID)[..., None], void, picture)
 
 def save_grid(path, titles, rows, width=192):
     """A PNG of rows of uint8 pictures (H, W, 3), in the aspect of the row's first one."""

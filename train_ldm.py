@@ -128,16 +128,16 @@ def pretrained_encoder(config, sd):
 def start_from(run, model):
     """Copy a run's image encoder, UNet, and embeddings of the tasks it knows. New cross-
     attention adds nothing at first: the output is the run's."""
-    for name in ("space bits pixel_loss prediction task_width image_encoder image_scale "
-                 "stem_widths unet_widths unet_attention unet_layers unet_heads").split():
+    for name in ("space bits latent_channels pixel_loss prediction task_width image_encoder "
+                 "image_scale stem_widths unet_widths unet_attention unet_layers unet_heads"
+                 ).split():
         theirs, ours = getattr(run.config, name), getattr(model.config, name)
         require(theirs == ours, f"--sd: the {name} of this run is {theirs}, expected {ours}")
     theirs, ours = run.state_dict(), model.state_dict()
-    for name, tensor in ours.items():
-        if name in theirs and not name.startswith("task_embedding"):
-            tensor.copy_(theirs[name])
-        elif "attn2.to_out" in name:
-            tensor.zero_()
+    given = {k: v for k, v in theirs.items() if k.startswith(("image_encoder.", "unet."))}
+    for name in model.load_state_dict(given, strict=False).missing_keys:
+        if "attn2.to_out" in name:
+            ours[name].zero_()
     for row, task in enumerate(model.config.tasks):
         if task in run.config.tasks:
             place = run.config.tasks.index(task)

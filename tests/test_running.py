@@ -326,8 +326,7 @@ def run_scripts(folder):
     ids, depth, ldm, tasks = (folder / name for name in RUNS)
     one_step = ["--steps", "1", "--limit", "5"]
     draw = ["--weights", ldm, "--steps", "2", *ON_CPU, "--data", "shapes", "--limit", "5", "--out"]
-    for main, flags in [
-        (train_ae.main, [*ae_command("shapes", ids, "bits=4"), *one_step]),
+    for main, flags in [(train_ae.main, [*ae_command("shapes", ids, "bits=4"), *one_step]),
         # no pixel of their depth is invalid: accumulated micro-batches weigh the same
         (train_ae.main, [*ae_command("shapes", depth), *one_step, "--target", "depth",
                          "--accumulate", ldmseg.rank_and_world()[1]]),
@@ -335,8 +334,7 @@ def run_scripts(folder):
         (train_ldm.main, [*ldm_command("shapes", ids, tasks, "task_width=8"), *one_step,
                           "--ae", ids, depth, "--tasks", *ldmseg.TASKS]),
         (sample.main, [*draw, folder / "samples"]),
-        (inpaint.main, [*draw, folder, "--block", "8", "--drop-rate", "0.3", "--strokes"]),
-    ]:
+        (inpaint.main, [*draw, folder, "--block", "8", "--drop-rate", "0.3", "--strokes"])]:
         main([str(flag) for flag in flags])
         if dist.is_initialized():
             dist.barrier()

@@ -104,9 +104,8 @@ def test_where_all_is_known_the_mask_is_encoded_and_decoded(model):
 def test_given_segments_take_the_ids_of_an_estimate_and_the_callers_come_back(
         model, self_condition, passes):
     """A decoder that copies what was pasted: each id's own logit is the highest where given."""
-    model.config, inside = replace(
-        model.config, ids="matched", self_condition=self_condition), []
-    model.id_latents, (image, _, _) = gaussian(8, 4), situation()
+    model.config = replace(model.config, ids="matched", self_condition=self_condition)
+    model.id_latents, (image, _, _), inside = gaussian(8, 4), situation(), []
     ids = torch.randint(1, 8, (3, 4, 4), generator=torch.Generator().manual_seed(2))
     model.encode_mask = lambda ids: inside.append(ids) or model.id_latents[
         ids[:, ::8, ::8]].permute(0, 3, 1, 2)

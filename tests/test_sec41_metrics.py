@@ -215,8 +215,7 @@ def test_allow_missing_counts_the_segments_as_missed(small, evaluated):
      "2 segments have another area than their pixels; pixels were counted", (3, 0, 0)),
     (lambda a: a[0]["segments_info"].pop(0),
      "12 pixels have an id that the JSON does not list; they belong to no segment and are not VOID",
-     (2, 1, 0)),
-], ids=["nothing odd", "areas", "ids"])  # fmt: skip
+     (2, 1, 0))], ids=["nothing odd", "areas", "ids"])  # fmt: skip
 def test_what_is_odd_is_warned_of_once(small, evaluated, capfd, change, warning, counts):
     edit("gt", change, small)
     row = evaluated(*files(small, "--workers", "2"))["per_class"]["3"]

@@ -20,7 +20,6 @@ from conftest import (
 from ldmseg import (
     TASKS, DepthQuality, LDMSeg, MaskAutoencoder, ShapeScenes, TrainingStream, UserError,
     int2bits, load_model, merge_panoptic, merge_samples, prepare, read_image, relative_depth,
-    save_weights,
 )  # fmt: skip
 from PIL import Image
 
@@ -79,20 +78,16 @@ def shares_by_loops(maps, least, given):
 
 @pytest.mark.parametrize("given", [[], [5, 2]])
 def test_samples_are_merged_as_by_loops_whatever_their_ids(given):
-    found, others = [], [id for id in range(1, 16) if id not in given]
     for seed in range(20):
-        rng = np.random.default_rng(seed)
-        regions, maps = rng.permutation(4).reshape(2, 2).repeat(4, 0).repeat(4, 1), []
+        rng, maps = np.random.default_rng(seed), []
+        regions = rng.permutation(4).reshape(2, 2).repeat(4, 0).repeat(4, 1)
         for _ in range(4):
-            maps.append(np.array([*given, *rng.permutation(others)])[regions])
+            others = rng.permutation([id for id in range(1, 16) if id not in given])
+            maps.append(np.array([*given, *others])[regions])
             maps[-1][rng.random((8, 8)) < 0.25] = rng.integers(1, 16)  # an accident of its own
         merged = merge_samples(torch.stack([*map(logits_of, maps)]), given)
-        merged, shares = merged.exp().flatten(1).numpy(), shares_by_loops(maps, 0.3, given)
-        np.testing.assert_allclose(merged, shares, atol=2e-6)
-        found.append([ldmseg.panoptic_quality(1 + regions, ids)["pq"]
-                      for ids in (maps[0], merged.argmax(0).reshape(8, 8))])
-    single, together = np.mean(found, 0)
-    assert together > single + 0.1
+        expected = shares_by_loops(maps, 0.3, given)
+        np.testing.assert_allclose(merged.exp().flatten(1), expected, atol=2e-6)
 
 # ---- the task embedding ----
 
@@ -366,7 +361,7 @@ def test_several_tasks_that_start_from_a_run_without_any_give_its_output_at_firs
 def test_training_starts_from_all_but_the_autoencoder_of_a_run(runs, tmp_path):
     config, file = load_model(runs.ae).config, tmp_path / "ae.safetensors"
     ae = MaskAutoencoder(replace(config, ae_widths=(8, 16, 32, 64)))  # of another shape
-    save_weights(file, ae, ae.config)
+    ldmseg.save_weights(file, ae, ae.config)
     train_ldm.main([*tasks_command(runs, tmp_path / "run", "semantic"), "--ae", str(file), "--sd",
                     str(runs.ldm), "--seed", "9", "--set", "ldm_lr=0"])  # fmt: skip
     model, start = load_model(tmp_path / "run"), load_model(runs.ldm)

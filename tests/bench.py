@@ -609,7 +609,8 @@ class DeviceTable:
                  lambda: train_step(optimizer, lambda: loss(model, ids)))
         self.row(f"image encoder, batch {batch}", batch, partial(self.autocast()(encoder), image))
         with torch.no_grad(), self.autocast():  # autocast's own way, norms in float32
-            self.row(f"image encoder's layers, batch {batch}", batch, partial(encoder.layers, image))
+            self.row(f"image encoder's layers, batch {batch}", batch,
+                     partial(encoder.layers, image))
             latents, mixed = encoder(image), encoder.layers(image)[:, :4]
         exact = encoder(image)
         for name, z in (("bfloat16", latents), ("autocast", mixed)):

@@ -705,7 +705,7 @@ def image_tensor(image, size):
     """image uint8 (H, W, 3) -> float (3, size, size) in [-1, 1], antialiased."""
     image = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
     image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
-    return image.float() / 127.5 - 1
+    return image.float().div_(127.5).sub_(1)
 
 class PatchStem(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> latents (B, channels, h, w), as all encoders. NOTE:

@@ -150,7 +150,7 @@ def test_the_shipped_weights_for_the_data_are_used_and_named_whatever_lies_in_ru
     shutil.copytree(tiny_run.ldm, "runs/ldm")
     SCRIPTS[script].main([*flags.format(data).split(), *FEW])
     weights, *_ = capsys.readouterr().out.splitlines()
-    facts = r"generated scenes\b" if name == "tiny" else r"photographs\b.*\b128 pixels, 31 ids\b"
+    facts = r"generated scenes\b" if name == "tiny" else r"photographs\b.*\b160 pixels, 31 ids\b"
     facts = rf"[\d,]+ steps on {facts}.*\bPQ 0\.\d+.*"
     assert re.fullmatch(f"weights: {SHIPPED[name]}: {facts}", weights)
 
@@ -164,7 +164,7 @@ def test_the_weights_of_photographs_part_sky_from_ground():
 
 def test_a_run_folder_goes_before_shipped_weights_of_its_name(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert [load_model(name).config.size for name in SHIPPED] == [64, 128]
+    assert [load_model(name).config.size for name in SHIPPED] == [64, 160]
     shutil.copytree(tiny_run.ldm, "photos")
     assert [load_model(name).config.size for name in SHIPPED] == [64, 32]
 

@@ -41,8 +41,8 @@ def parse(argv):
             "--out": dict(help="folder of the results", default="runs/inpaint"),
             "--json": dict(help="where the table goes (default: table.json in --out)")},
         "sampling": {
-            "--steps": dict(help="default: 4 or more, of one sample 10", type=whole_number),
-            "--samples": dict(help="to merge (variations: 1)", type=whole_number),
+            "--steps": dict(help="default: at least 4, of one sample 10", type=whole_number),
+            "--samples": dict(help="to merge (the weights'; variations: 1)", type=whole_number),
             "--variations": dict(help="completions to draw", type=whole_number, default=1),
             "--repeats": dict(help="passes over a timestep", type=whole_number, default=1),
             "--drop-rate": dict(help="shares of the blocks to drop", metavar="R", type=float,

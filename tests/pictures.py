@@ -4,7 +4,8 @@ assets/scenes.png      six of the 200 scenes, their PQ spread evenly from the me
 assets/ids.png         the ids that three noises favour and what one step draws, for two of the six;
                        printed: the share of the segments found that have the favoured id
 assets/samples.png     four samples, and what eight agree on, for three of the six
-assets/inpainting.png  two completions of three strokes in each segment, for two of the six
+assets/inpainting.png  completions of three strokes in each segment, two samples and eight merged,
+                       for two of the six
 
 A segment has the colour of the true one that it matches, or of its strokes; VOID is striped.
 """
@@ -78,10 +79,12 @@ def sampled(model, record):
 def completed(model, record):
     generator = random_generator(0, "strokes", record["image_id"])
     given = record["ids"] * keep_strokes(record["ids"], generator)
-    one, _, confidence = model.complete(record["image"], given, return_confidence=True)
-    two, _ = model.complete(record["image"], given, seed=1)
-    gray = [(255 * g)[..., None].repeat(3, 2).astype(np.uint8) for g in (confidence, one != two)]
-    return [record["image"], *map(colorize, (given, one, two)), *gray]
+    one, two = (model.complete(record["image"], given, seed=seed, samples=1)[0] for seed in (0, 1))
+    merged, _, confidence = model.complete(record["image"], given, return_confidence=True)
+    differ, gray = ((255 * g)[..., None].repeat(3, 2).astype(np.uint8)
+                    for g in (one != two, confidence))
+    one, two, merged, given = map(colorize, (one, two, merged, given))
+    return [record["image"], given, one, two, differ, merged, gray]
 
 
 if __name__ == "__main__":
@@ -100,5 +103,5 @@ if __name__ == "__main__":
     save_grid(assets / "ids.png", ["image", *["favoured ids", "one step"] * 3], [
         [record["image"], *(colorize(ids) for pair in row for ids in pair)]
         for record, row in zip(records[1:4:2], pairs)], 128)
-    titles = ["image", "given", "completed", "completed", "confidence", "where they differ"]
+    titles = ["image", "given", "a sample", "another", "they differ", "merged", "confidence"]
     save_grid(assets / "inpainting.png", titles, [completed(model, r) for r in records[1:4:2]], 128)

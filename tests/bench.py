@@ -325,7 +325,8 @@ def data():
                                  "segments_info": segments_of(ids)}]})
             dataset = PanopticDataset(folder / "panoptic.json", folder)
             times = milliseconds({
-                "decoding the two files": lambda: [read_image(path) for path in paths],
+                "decoding the two files": lambda: [
+                    read_image(path, exact) for path, exact in zip(paths, (False, True))],
                 "a record": lambda: dataset[0],
                 "a training sample": lambda: prepare(
                     dataset[0], config, np.random.default_rng(0), True)},

@@ -180,8 +180,7 @@ def test_resuming_with_other_settings_names_the_difference(
     line = complaint(SCRIPTS[stage].main, *command(stage, getattr(tiny_run, stage), *flags))
     assert f"its run has {field}" in line and "--fresh" in line
 
-@pytest.mark.parametrize("stage, flags", [
-    ("ae", ["--accumulate", "2"]),
+@pytest.mark.parametrize("stage, flags", [("ae", ["--accumulate", "2"]),
     ("ldm", ["--workers", "1", "--set", "checkpointing=1", "zero=1", "eval_steps=9"])])
 def test_a_finished_run_says_so_and_stays_also_on_another_machine(
         capsys, command, tiny_run, stage, flags):

@@ -139,8 +139,7 @@ def test_help_lists_the_fields_of_its_stage_as_they_are_typed(capsys, script, st
 
 FEW = ["--limit", "1", "--steps", "1", *ON_CPU]
 
-@pytest.mark.parametrize("name, script, flags", [
-    ("tiny", "sample", ""), ("tiny", "evaluate", ""),
+@pytest.mark.parametrize("name, script, flags", [("tiny", "sample", ""), ("tiny", "evaluate", ""),
     ("tiny", "inpaint", "--data shapes --block 8 --drop-rate 0.5"),
     ("photos", "sample", "--data {0}"), ("photos", "evaluate", "--data {0}"), ("photos", "inpaint",
      "--image {0}/val/val0.png --mask {0}/annotations/panoptic_val/val0.png")])

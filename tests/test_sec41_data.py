@@ -255,8 +255,7 @@ def instances(root, shapes, depth=False, **fields):
         "categories": [{"id": 3, "name": "cell"}, {"id": 8, "isthing": 0}]})  # fmt: skip
     return open_dataset(root, None, None, 32, "train", depth)
 
-@pytest.mark.parametrize("shape, boxes", [
-    ([square(-5, 4, 3, 90)], [(1, 0, 4, 3, 6)]),
+@pytest.mark.parametrize("shape, boxes", [([square(-5, 4, 3, 90)], [(1, 0, 4, 3, 6)]),
     ([square(0, 0, 2, 2), square(5, 3, 9, 6)], [(1, 0, 0, 2, 2), (1, 5, 3, 9, 6)]),
     # pixels go down the columns: rows 1 to 3 of the second column
     ({"size": [6, 9], "counts": [6 + 1, 3, 54 - 10]}, [(1, 1, 1, 2, 4)]),
@@ -288,8 +287,7 @@ def two_squares(root, part, fields, encoding="utf-8"):
     file.write_text(json.dumps(content), encoding)
     return open_dataset(root, None, None, 32, "train")
 
-@pytest.mark.parametrize("part, fields", [
-    ("images", {}),  # a byte-order mark alone
+@pytest.mark.parametrize("part, fields", [("images", {}),  # a byte-order mark alone
     ("images", {"file_name": "..\\..\\tool\\grey.png"}), ("images", {"file_name": "/a/grey.png"}),
     ("images", {"id": "4"}), ("categories", {"id": "3", "isthing": "1"}),
     ("annotations", {"image_id": "4", "category_id": "8"})])

@@ -209,8 +209,7 @@ def test_allow_missing_counts_the_segments_as_missed(small, evaluated):
     row = evaluated(*files(small, "--allow-missing"))["per_class"]["3"]
     assert (row["tp"], row["fp"], row["fn"]) == (2, 0, 1)
 
-@pytest.mark.parametrize("change, warning, counts", [
-    (lambda a: None, None, (3, 0, 0)),
+@pytest.mark.parametrize("change, warning, counts", [(lambda a: None, None, (3, 0, 0)),
     (lambda a: [one["segments_info"][0].update(area=9) for one in a[:2]],
      "2 segments have another area than their pixels; pixels were counted", (3, 0, 0)),
     (lambda a: a[0]["segments_info"].pop(0),

@@ -340,9 +340,16 @@ def require_memory(config):
     require(needed < there, f"this Config needs {needed / 2**30:.0f} GiB at least, this machine "
             f"has {there / 2**30:.0f}; expected a smaller size, fewer layers or widths")
 
+class Upsample(nn.ConvTranspose2d):  # by 2: kernels of 2x2 at stride 2 never overlap,
+    def forward(self, x):  # (B, C, h, w) -> (B, C, 2h, 2w), so they are one matrix product
+        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (4 C, C)
+        y = F.linear(x.movedim(1, -1), weight, self.bias.repeat(4))  # (B, h, w, 4 C)
+        y = y.unflatten(-1, (2, 2, -1)).transpose(2, 3)  # (B, h, 2, w, 2, C)
+        return y.flatten(3, 4).flatten(1, 2).movedim(-1, 1)
+
 class LayerNorm2d(nn.LayerNorm):  # over the channels of (B, C, H, W)
-    def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+    def forward(self, x):  # contiguous, because CPUs convolve channels-last images at half speed
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1).contiguous()
 
 class MaskAutoencoder(nn.Module):
     """Compresses mask codes by 8, decodes N logits at H/2; of target "depth": depth."""
@@ -365,7 +372,7 @@ class MaskAutoencoder(nn.Module):
         self.encoder = nn.Sequential(*encoder)
         decoder = [conv3x3(config.latent_channels, width)]
         for _ in range(2):
-            up = nn.ConvTranspose2d(width, width, 2, stride=2)
+            up = Upsample(width, width, 2, stride=2)
             decoder += [up, LayerNorm2d(width, eps=1e-6), nn.SiLU()]
         decoder += [nn.GroupNorm(32, width, eps=1e-5), nn.SiLU()]
         self.decoder = nn.Sequential(*decoder, conv3x3(width, outputs))
@@ -373,7 +380,7 @@ class MaskAutoencoder(nn.Module):
     def code(self, ids):  # (B, H, W) -> (B, C, H, W); depth is its own code, 0 for NaN
         if self.config.target == "depth":
             return ids.nan_to_num(0)[:, None]
-        return F.embedding(ids, self.codes).permute(0, 3, 1, 2)
+        return F.embedding(ids, self.codes).permute(0, 3, 1, 2).contiguous()
 
     def encode(self, codes):  # (B, C, H, W) -> mean latents (B, 4, h, w), unscaled
         return self.encoder(codes)[:, : self.config.latent_channels]  # no log variance
@@ -406,14 +413,14 @@ def sample_uncertain_points(uncertainty, points):
     uniform = torch.arange(first_random, M, device=top.device).expand(R, -1)
     return torch.cat([top, uniform], 1)
 
-def labels_around(ids, coords):
-    """Ids of the 4 pixels around coords (B, M, 2), and bilinear weights: (B, M, 4) each."""
-    H, W = ids.shape[1:]
-    position = ((coords + 1) * ids.new_tensor([W, H]) - 1) / 2  # (x, y) in pixels, 0: a centre
-    corner = position.floor()[:, :, None] + ids.new_tensor([(0, 0), (1, 0), (0, 1), (1, 1)])
+def pixels_around(coords, height, width):
+    """The 4 pixels around places (B, M, 2) in [-1, 1], y * width + x, and their bilinear weights:
+    (B, M, 4) each."""
+    position = ((coords + 1) * coords.new_tensor([width, height]) - 1) / 2  # 0: a pixel's centre
+    corner = position.floor()[:, :, None] + coords.new_tensor([(0, 0), (1, 0), (0, 1), (1, 1)])
     weight = (1 - (position[:, :, None] - corner).abs()).prod(-1)  # (B, M, 4)
-    x, y = corner[..., 0].clamp(0, W - 1).long(), corner[..., 1].clamp(0, H - 1).long()
-    return ids.flatten(1).gather(1, (y * W + x).flatten(1)).view(weight.shape), weight
+    x, y = corner[..., 0].clamp(0, width - 1).long(), corner[..., 1].clamp(0, height - 1).long()
+    return y * width + x, weight
 
 def ae_loss(logits, ids, coords, points):
     """Eq. 2: cross-entropy + BCE + Dice, and these parts; means over all ranks without VOID.
@@ -422,30 +429,36 @@ def ae_loss(logits, ids, coords, points):
     here an image's segments share them, because one sampling of the logits serves all. NOTE:
     the released mask loss counts VOID as negative of every segment; here it is left out,
     because unlabelled is not background."""
-    # logits of every id at the candidate places
-    values = F.grid_sample(logits.float(), coords[:, :, None], align_corners=False,
-                           padding_mode="border")[..., 0]  # (B, N, M)
+    # logits of every id at the candidate places, sums over 4 cells whose N logits lie together
+    B, N, h, w = logits.shape
+    cell, weight = pixels_around(coords, h, w)
+    cell = cell + h * w * torch.arange(B, device=ids.device)[:, None, None]
+    table = logits.float().movedim(1, -1).reshape(-1, N)
+    values = F.embedding_bag(cell.flatten(0, 1), table, mode="sum",
+                             per_sample_weights=weight.flatten(0, 1)).view(B, -1, N)  # (B, M, N)
 
     # true ids of the pixels around them, and of the nearest one
-    labels, weight = labels_around(ids, coords)  # (B, M, 4)
+    pixel, weight = pixels_around(coords, *ids.shape[1:])
+    labels = ids.flatten(1).gather(1, pixel.flatten(1)).view(pixel.shape)  # (B, M, 4)
     nearest = labels.gather(2, weight.argmax(2, keepdim=True))[..., 0]  # (B, M)
 
     # which of the N ids is it? asked where the best two are closest
-    first, second = values.detach().topk(2, dim=1).values.unbind(1)
+    first, second = values.detach().topk(2).values.unbind(2)
     uncertainty = (second - first).masked_fill(nearest == VOID, -1e9)
     chosen = sample_uncertain_points(uncertainty, points)
     target = nearest.gather(1, chosen)  # (B, P)
-    chosen_logits = values.gather(2, chosen[:, None].expand(-1, values.shape[1], -1))
-    ce = F.cross_entropy(chosen_logits, target, ignore_index=VOID, reduction="sum")
+    chosen_logits = values.gather(1, chosen[..., None].expand(-1, -1, N))  # (B, P, N)
+    ce = F.cross_entropy(chosen_logits.flatten(0, 1), target.flatten(), ignore_index=VOID,
+                         reduction="sum")
     ce = ce / global_mean_count((target != VOID).sum())
 
     # is the point inside of this segment? asked of the segments that there are
-    present = torch.zeros(values.shape[:2], dtype=torch.bool, device=ids.device)
-    present.scatter_(1, ids.flatten(1), True)  # (B, N)
+    present = torch.zeros(B, N, dtype=torch.bool, device=ids.device)
+    present.scatter_(1, ids.flatten(1), True)
     present[:, VOID] = False
     image, segment = present.nonzero(as_tuple=True)  # (S,)
     inside = (weight[image] * (labels[image] == segment[:, None, None])).sum(2)  # (S, M)
-    logit, valid = values[image, segment], nearest[image] != VOID
+    logit, valid = values.transpose(1, 2)[image, segment], nearest[image] != VOID
 
     # where the logit is near 0
     uncertainty = (-logit.detach().abs()).masked_fill(~valid, -1e9)

@@ -41,15 +41,17 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 from scipy import ndimage  # noqa: E402
+from torch import nn  # noqa: E402
 from torch.nn.utils import clip_grad_norm_  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision.io import decode_png, read_file  # noqa: E402
+from torchvision.models import convnext  # noqa: E402
 
 from ldmseg import (  # noqa: E402
-    PRESETS, SD_VAE, VOID, LDMSeg, MaskAutoencoder, PanopticDataset, PanopticQuality, ShapeScenes,
-    ae_loss, compact_ids, distribute, id2rgb, image_tensor, int2bits, load_model, make_ema,
-    make_optimizer, most_probable, prepare, read_image, resize_nearest, sample_uncertain_points,
-    segments_of, setup_distributed, write_json, write_png,
+    PRESETS, SD_VAE, VOID, LayerNorm2d, LDMSeg, MaskAutoencoder, PanopticDataset, PanopticQuality,
+    ShapeScenes, Upsample, ae_loss, compact_ids, distribute, id2rgb, image_tensor, int2bits,
+    load_model, make_ema, make_optimizer, most_probable, prepare, read_image, resize_nearest,
+    sample_uncertain_points, segments_of, setup_distributed, write_json, write_png,
 )  # fmt: skip
 from train_ae import candidate_coords  # noqa: E402
 
@@ -252,6 +254,9 @@ def ae_step(kind, config, batch, segments):
     if kind == "ours":
         optimizer = make_optimizer(model, config.ae_lr, config)
         return partial(train_step, optimizer, partial(ae_step_loss, model, ids))
+    for layer in model.decoder:  # the same layers, as PyTorch and torchvision have them
+        layer.__class__ = {Upsample: nn.ConvTranspose2d, LayerNorm2d: convnext.LayerNorm2d}.get(
+            type(layer), type(layer))
     return partial(train_step, torch.optim.AdamW(model.parameters()), lambda: plain_ae_loss(
         model.decode(model.encode(int2bits(ids, config.bits))), ids, config.points, PLAIN[kind]))
 

@@ -480,7 +480,7 @@ def resize_nearest(array, size):
     height, width = size
     y = (2 * np.arange(height) + 1) * array.shape[0] // (2 * height)
     x = (2 * np.arange(width) + 1) * array.shape[1] // (2 * width)
-    return array[y][:, x]
+    return array.take(y, 0).take(x, 1)  # contiguous, unlike array[y][:, x]
 
 def neighbours(count, length):
     """Bilinear interpolation of `count` values to `length`: the two that each result lies
@@ -497,7 +497,8 @@ def most_probable(logits, size, threshold=0.0, values_at_once=2**22, nearest=Fal
     the ids are upsampled instead."""
     if nearest:
         probability, ids = logits.float().softmax(0).max(0)
-        return resize_nearest(ids.masked_fill(probability < threshold, VOID).int().cpu(), size)
+        ids = ids.masked_fill(probability < threshold, VOID).int().cpu()
+        return torch.from_numpy(resize_nearest(ids.numpy(), size))
     logits = F.interpolate(logits[None].float(), scale_factor=2, mode="bilinear")[0].cpu()
     N, H, W = logits.shape
     (top, _, down), (left, right, across) = neighbours(H, size[0]), neighbours(W, size[1])
@@ -1761,21 +1762,24 @@ def prepare(record, config, rng, augment, task="instance"):
 
     # segments 1..S; crowds and what is not listed are VOID; the frame before is put below
     segments = [s for s in record["segments"] if not s.get("iscrowd")]
-    maps = [resize_nearest(record[k][part], size) for k in ("ids", "previous") if k in record]
-    ids = compact_ids(np.concatenate(maps), [s["id"] for s in segments])
+    maps = np.concatenate([resize_nearest(record[name][part], size)
+                           for name in ("ids", "previous") if name in record])
+    start = starts_of_runs(maps.ravel())
+    length = np.diff(start, append=maps.size)
+    ids = compact_ids(maps.ravel()[start], [s["id"] for s in segments])  # of each run
 
     # the places of their classes, or random ids of the largest
     if task == "semantic":
         place = {c["id"]: i for i, c in enumerate(json.loads(config.categories), start=1)}
         ids = np.array([VOID, *(place[s["category_id"]] for s in segments)])[ids]
     else:
-        areas = np.bincount(ids.ravel(), minlength=len(segments) + 1)
+        areas = np.bincount(ids, length, minlength=len(segments) + 1)
         areas[VOID] = 0
         largest = np.argsort(-areas, kind="stable")[: config.num_ids - 1]
         least = max(config.min_segment, 1) if augment else 1
         new_ids = compact_ids(np.arange(len(areas)), largest[areas[largest] >= least])
         ids = random_relabel(new_ids, config.num_ids, rng)[ids]
-    maps = torch.from_numpy(ids.astype(np.int64)).split(config.size)
+    maps = torch.from_numpy(ids.repeat(length).reshape(maps.shape)).split(config.size)
     sample |= zip(("ids", "previous"), maps)
     return {name: part.flip(-1) if flip else part for name, part in sample.items()}
 

@@ -27,6 +27,7 @@ Images: float in [-1, 1]. In masks called `valid` or `known`, 1 means "counts" o
 import argparse
 import atexit
 import colorsys
+import ctypes
 import difflib
 import gc
 import hashlib
@@ -2025,9 +2026,18 @@ def progress(iterable, description, **options):
     hidden = None if is_main() else True  # None: where there is no terminal
     return tqdm(iterable, description, leave=False, disable=hidden, **options)
 
+def keep_freed_memory():
+    """Linux's glibc returns large blocks as soon as they are free, and the kernel then clears new
+    ones, which takes longer than a SiLU. Kept, a step on a CPU is up to a third faster, with a tenth to a half more memory."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # of glibc alone; the numbers are from its malloc.h
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much stays
+
 def training_steps(start, stop, description):
     """Yields (step, caught): the first Ctrl-C and the first SIGTERM only join the list
     `caught`, so that no step is cut in two; the next of each does what it always does."""
+    keep_freed_memory()
     caught, launcher = [], os.getppid()
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     def catch(number, _):

@@ -50,8 +50,8 @@ from torchvision.models import convnext  # noqa: E402
 from ldmseg import (  # noqa: E402
     PRESETS, SD_VAE, VOID, LayerNorm2d, LDMSeg, MaskAutoencoder, PanopticDataset, PanopticQuality,
     ShapeScenes, Upsample, ae_loss, compact_ids, distribute, id2rgb, image_tensor, int2bits,
-    load_model, make_ema, make_optimizer, most_probable, prepare, read_image, resize_nearest,
-    sample_uncertain_points, segments_of, setup_distributed, write_json, write_png,
+    keep_freed_memory, load_model, make_ema, make_optimizer, most_probable, prepare, read_image,
+    resize_nearest, sample_uncertain_points, segments_of, setup_distributed, write_json, write_png,
 )  # fmt: skip
 from train_ae import candidate_coords  # noqa: E402
 
@@ -252,6 +252,7 @@ def ae_step(kind, config, batch, segments):
     torch.manual_seed(0)
     model, ids = MaskAutoencoder(config), ids_of(config, batch, segments)
     if kind == "ours":
+        keep_freed_memory()
         optimizer = make_optimizer(model, config.ae_lr, config)
         return partial(train_step, optimizer, partial(ae_step_loss, model, ids))
     for layer in model.decoder:  # the same layers, as PyTorch and torchvision have them
@@ -261,14 +262,15 @@ def ae_step(kind, config, batch, segments):
         model.decode(model.encode(int2bits(ids, config.bits))), ids, config.points, PLAIN[kind]))
 
 
-def cost(make_step, *arguments):
-    """CPU seconds of a step, and the MiB by which it made this process grow."""
+def cost(steps, make_step, *arguments):
+    """Median CPU time in ms of `steps` steps after a first one, and the MiB by which they made
+    this process grow."""
     torch.set_num_threads(1)
     step = make_step(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
-    before, start = status("VmRSS"), time.process_time()
+    before = status("VmRSS")
     step()
-    return time.process_time() - start, status("VmHWM") - before
+    return milliseconds({"": step}, steps, time.process_time)[""], status("VmHWM") - before
 
 
 def in_a_child(*arguments):  # `cost`, in a process that has its own peak
@@ -278,12 +280,13 @@ def in_a_child(*arguments):  # `cost`, in a process that has its own peak
 
 def ae():
     torch.set_num_threads(1)
-    for preset, batch, segments, rounds in (("tiny", 16, 15, 9), ("paper", 2, 20, 3)):
+    for preset, batch, segments, rounds in (("tiny", 16, 15, 9), ("paper", 2, 20, 2)):
         config = PRESETS[preset]
         arguments = config, batch, segments
         print(f"{preset}: batch {batch}, {config.size} pixels, {config.num_ids} ids, {segments} "
               "segments in an image", flush=True)
-        peaks = {kind: in_a_child(ae_step, kind, *arguments)[1] for kind in (*PLAIN, "ours")}
+        costs = [[in_a_child(3, ae_step, kind, *arguments) for kind in (*PLAIN, "ours")]
+                 for _ in range(rounds)]
 
         # the same points, the same loss
         ids, side, points = ids_of(*arguments), config.size // 2, config.points
@@ -296,8 +299,7 @@ def ae():
         print("    of noise, at points of their own:",
               *(f"{kind} {loss().item():.3f};" for kind, loss in losses.items()))
 
-        steps = {kind: ae_step(kind, *arguments) for kind in losses}
-        times = milliseconds(steps, rounds, time.process_time)
+        times, peaks = (dict(zip(losses, column)) for column in np.median(costs, 0).T)
         gradients = milliseconds({kind: lambda loss=loss: torch.autograd.grad(loss(), logits)
                                   for kind, loss in losses.items()}, rounds, time.process_time)
         for kind in losses:
@@ -309,7 +311,8 @@ def ae():
                 kind, *ratios), flush=True)
         square = torch.randn(1024, 1024)
         product = milliseconds({"": lambda: square @ square}, 20, time.process_time)[""]
-        ours, peak = 1e6 * teraflop(steps["ours"]) / times["ours"], 2e3 * 1.024**3 / product
+        ours = 1e6 * teraflop(ae_step("plain", *arguments)) / times["ours"]  # as many
+        peak = 2e3 * 1.024**3 / product
         print(f"    ours {ours:.0f} GFLOP/s, a matrix product {peak:.0f}: share {ours / peak:.2f}")
 
 
@@ -371,8 +374,8 @@ def growth():
     for point in points:
         row = "{size:6} {ids:4} {segments:9} {batch:6}".format(ids=2 ** point["bits"], **point)
         for kind in ("stage 1", "stage 2", "sampling"):
-            taken, peak = in_a_child(growth_step, kind, *point.values())
-            row += f" | {taken:6.2f} s {peak:5.0f} MiB"
+            taken, peak = in_a_child(1, growth_step, kind, *point.values())
+            row += f" | {taken / 1e3:6.2f} s {peak:5.0f} MiB"
         print(row, flush=True)
 
 

@@ -238,23 +238,26 @@ def ae_step_loss(model, ids):
     return ae_loss(model(ids)[0], ids, coords, points)[0]
 
 
-def train_step(optimizer, loss):
-    loss().backward()
+def train_step(optimizer, *losses):  # of micro-batches
+    for loss in losses:
+        (loss() / len(losses)).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
 PLAIN = {"plain": 2, "plain, logits not upsampled": 1}  # name of a way: its `scale`
+OURS = {"ours": 1, "ours, --accumulate 2": 2, "ours, --accumulate 4": 4}  # its micro-batches
 
 
 def ae_step(kind, config, batch, segments):
     """One training step of stage 1, ours or plain, as a function."""
     torch.manual_seed(0)
     model, ids = MaskAutoencoder(config), ids_of(config, batch, segments)
-    if kind == "ours":
+    if kind in OURS:
         keep_freed_memory()
         optimizer = make_optimizer(model, config.ae_lr, config)
-        return partial(train_step, optimizer, partial(ae_step_loss, model, ids))
+        return partial(train_step, optimizer, *(
+            partial(ae_step_loss, model, part) for part in ids.chunk(OURS[kind])))
     for layer in model.decoder:  # the same layers, as PyTorch and torchvision have them
         layer.__class__ = {Upsample: nn.ConvTranspose2d, LayerNorm2d: convnext.LayerNorm2d}.get(
             type(layer), type(layer))
@@ -285,7 +288,8 @@ def ae():
         arguments = config, batch, segments
         print(f"{preset}: batch {batch}, {config.size} pixels, {config.num_ids} ids, {segments} "
               "segments in an image", flush=True)
-        costs = [[in_a_child(3, ae_step, kind, *arguments) for kind in (*PLAIN, "ours")]
+        ways = *PLAIN, *(kind for kind, parts in OURS.items() if parts <= batch)
+        costs = [[in_a_child(3, ae_step, kind, *arguments) for kind in ways]
                  for _ in range(rounds)]
 
         # the same points, the same loss
@@ -299,16 +303,15 @@ def ae():
         print("    of noise, at points of their own:",
               *(f"{kind} {loss().item():.3f};" for kind, loss in losses.items()))
 
-        times, peaks = (dict(zip(losses, column)) for column in np.median(costs, 0).T)
+        times, peaks = (dict(zip(ways, column)) for column in np.median(costs, 0).T)
         gradients = milliseconds({kind: lambda loss=loss: torch.autograd.grad(loss(), logits)
                                   for kind, loss in losses.items()}, rounds, time.process_time)
-        for kind in losses:
-            print(f"    {kind:>27}: step {times[kind]:6.0f} ms, of which losses "
-                  f"{gradients[kind]:5.0f}, peak memory {peaks[kind]:5.0f} MiB", flush=True)
-        for kind in PLAIN:
-            ratios = (one['ours'] / one[kind] for one in (times, gradients, peaks))
-            print("    ours / {}: step {:.2f}, losses {:.2f}, memory {:.2f}".format(
-                kind, *ratios), flush=True)
+        for kind in ways:
+            step, peak = times[kind], peaks[kind]
+            print(f"    {kind:>27}: step {step:6.0f} ms, {step / times['plain']:.2f} of plain; peak "
+                  f"memory {peak:5.0f} MiB, {peak / peaks['plain']:.2f} of it", flush=True)
+        print("    the losses alone, ms:", *(f"{kind} {taken:.0f};"
+                                             for kind, taken in gradients.items()))
         square = torch.randn(1024, 1024)
         product = milliseconds({"": lambda: square @ square}, 20, time.process_time)[""]
         ours = 1e6 * teraflop(ae_step("plain", *arguments)) / times["ours"]  # as many

@@ -56,6 +56,8 @@ def parse(argv):
         raise UserError("expected --gt and --pred together, without --weights")
     if args.images and args.data == "shapes":
         raise UserError("--images goes with --data")
+    if args.class_agnostic and not args.gt:
+        raise UserError("--class-agnostic goes with --gt")
     return args
 
 
@@ -162,6 +164,8 @@ def score_weights(args):
     config, autoencoder = model.config, getattr(model, "autoencoder", model)
     target = autoencoder.config.target
     tasks = [config.task(args.task)] if args.task else list(config.known_tasks)
+    require("panoptic" in tasks or not args.per_class,
+            f"--per-class: for task panoptic, not {tasks}")
     dataset = open_dataset(args.data, args.split, args.images, config.size, "val",
                            "depth" in tasks)
     if {"panoptic", "semantic"} & set(tasks):
@@ -175,7 +179,8 @@ def score_weights(args):
     images = min(len(dataset), args.limit or len(dataset))
     samples = args.samples or config.eval_samples
     if is_main():
-        print(f"{images} images of {args.data}, {samples} samples merged, "
+        merged = "" if model is autoencoder else f"{samples} samples merged, "
+        print(f"{images} images of {args.data}, {merged}"
               f"mask_threshold {config.mask_threshold}, min_area {config.min_area}; instance is "
               "class-agnostic; seconds include loading and scoring")
 

@@ -23,7 +23,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ldmseg import (
-    VOID, CommandLine, LDMSeg, PanopticQuality, align_ids, colorize, draw,
+    VOID, CommandLine, LDMSeg, PanopticQuality, UserError, align_ids, colorize, draw,
     evaluation_batches, is_main, keep_blocks, keep_inputs, open_dataset, random_generator,
     read_image, reading, require, resize_nearest, rgb2id, run_script, save_grid, segments_of,
     start_script, whole_number, write_json, write_panoptic, write_panoptic_json,
@@ -89,7 +89,7 @@ def read_mask(path):
     # thin ids, mostly between those beside them, come from antialiased edges
     lowest, highest = ndimage.minimum_filter(ids, 3), ndimage.maximum_filter(ids, 3)
     thin = np.setdiff1d(ids, ids[lowest == highest])
-    edges = [i for i in thin if np.mean((lowest < i) & (i < highest), where=ids == i) > 0.5]
+    edges = [int(i) for i in thin if np.mean((lowest < i) & (i < highest), where=ids == i) > 0.5]
     require(len(edges) < 2, f"{path}: ids {edges[:3]} lie between their neighbours': antialiased?")
     return ids * opaque
 
@@ -99,15 +99,15 @@ def complete_image(model, args, autocast):
     image, name = read_image(args.image), Path(args.image).name
     given, count = read_mask(args.mask), args.variations
     samples = args.samples or (1 if count > 1 else model.config.eval_samples)
-    stretch = given.shape[0] / given.shape[1] * image.shape[1] / image.shape[0]
-    require(abs(stretch - 1) < 0.02, f"{args.mask}: {given.shape} pixels, expected the aspect of "
-            f"the image of {image.shape[:2]}")
     names = [f"{Path(name).stem}_{k + 1}" for k in range(count)] if count > 1 else [name]
     keep_inputs(args.out, *(Path(file).parent for file in (args.image, args.mask)))
-    with autocast():
-        masks, segments, confidence = zip(*(
-            model.complete(image, given, args.steps, args.repeats, args.seed + k, True, samples)
-            for k in range(count)))
+    try:
+        with autocast():
+            masks, segments, confidence = zip(*(
+                model.complete(image, given, args.steps, args.repeats, args.seed + k, True, samples)
+                for k in range(count)))
+    except UserError as error:
+        raise UserError(f"{args.mask}: {error}") from None
     records = [{"image": image, "file_name": name, "image_id": Path(n).stem} for n in names]
     write_panoptic_json(args.out, [write_panoptic(args.out, *result) for result in zip(
         names, records, masks, segments)])

@@ -56,7 +56,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.func import functional_call
@@ -341,16 +341,27 @@ def require_memory(config):
     require(needed < there, f"this Config needs {needed / 2**30:.0f} GiB at least, this machine "
             f"has {there / 2**30:.0f}; expected a smaller size, fewer layers or widths")
 
-class Upsample(nn.ConvTranspose2d):  # by 2: kernels of 2x2 at stride 2 never overlap,
-    def forward(self, x):  # (B, C, h, w) -> (B, C, 2h, 2w), so they are one matrix product
+def fast_layout(x):
+    """Activations (B, C, H, W): contiguous on CPUs without AVX-512, which take the gradients of
+    the weights of channels-last convolutions at a fifth of the rate; else as they are."""
+    slow = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return x.contiguous() if slow else x
+
+class Upsample(nn.ConvTranspose2d):
+    """By 2: (B, C, h, w) -> (B, C, 2h, 2w). 2x2 kernels at stride 2 are one matrix product."""
+
+    def __init__(self, width):
+        super().__init__(width, width, 2, stride=2)
+
+    def forward(self, x):
         weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (4 C, C)
         y = F.linear(x.movedim(1, -1), weight, self.bias.repeat(4))  # (B, h, w, 4 C)
         y = y.unflatten(-1, (2, 2, -1)).transpose(2, 3)  # (B, h, 2, w, 2, C)
         return y.flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
 class LayerNorm2d(nn.LayerNorm):  # over the channels of (B, C, H, W)
-    def forward(self, x):  # contiguous, because CPUs convolve channels-last images at half speed
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1).contiguous()
+    def forward(self, x):
+        return fast_layout(super().forward(x.movedim(1, -1)).movedim(-1, 1))
 
 class MaskAutoencoder(nn.Module):
     """Compresses mask codes by 8, decodes N logits at H/2; of target "depth": depth."""
@@ -373,15 +384,14 @@ class MaskAutoencoder(nn.Module):
         self.encoder = nn.Sequential(*encoder)
         decoder = [conv3x3(config.latent_channels, width)]
         for _ in range(2):
-            up = Upsample(width, width, 2, stride=2)
-            decoder += [up, LayerNorm2d(width, eps=1e-6), nn.SiLU()]
+            decoder += [Upsample(width), LayerNorm2d(width, eps=1e-6), nn.SiLU()]
         decoder += [nn.GroupNorm(32, width, eps=1e-5), nn.SiLU()]
         self.decoder = nn.Sequential(*decoder, conv3x3(width, outputs))
 
     def code(self, ids):  # (B, H, W) -> (B, C, H, W); depth is its own code, 0 for NaN
         if self.config.target == "depth":
             return ids.nan_to_num(0)[:, None]
-        return F.embedding(ids, self.codes).permute(0, 3, 1, 2).contiguous()
+        return fast_layout(F.embedding(ids, self.codes).permute(0, 3, 1, 2))
 
     def encode(self, codes):  # (B, C, H, W) -> mean latents (B, 4, h, w), unscaled
         return self.encoder(codes)[:, : self.config.latent_channels]  # no log variance
@@ -415,8 +425,8 @@ def sample_uncertain_points(uncertainty, points):
     return torch.cat([top, uniform], 1)
 
 def pixels_around(coords, height, width):
-    """The 4 pixels around places (B, M, 2) in [-1, 1], y * width + x, and their bilinear weights:
-    (B, M, 4) each."""
+    """Of the 4 pixels around each place (B, M, 2) in [-1, 1]: y * width + x, at the border the
+    nearest, and the bilinear weight, (B, M, 4) each."""
     position = ((coords + 1) * coords.new_tensor([width, height]) - 1) / 2  # 0: a pixel's centre
     corner = position.floor()[:, :, None] + coords.new_tensor([(0, 0), (1, 0), (0, 1), (1, 1)])
     weight = (1 - (position[:, :, None] - corner).abs()).prod(-1)  # (B, M, 4)
@@ -718,6 +728,8 @@ def build_unet(config, image_channels):
 
 def image_tensor(image, size):
     """image uint8 (H, W, 3) -> float (3, size, size) in [-1, 1], antialiased."""
+    fits = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
+    require(fits, f"image: {image.dtype} {image.shape}, expected uint8 (H, W, 3) as of read_image")
     image = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
     image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
     return image.float().div_(127.5).sub_(1)
@@ -1121,7 +1133,7 @@ class LDMSeg(nn.Module):
         """image uint8 (H, W, 3) of any size -> ids int32 (H, W), 0 = VOID, and COCO's
         segments_info, as `draw`. steps, samples: as in `sample_tasks`; task: of
         config.known_tasks, by default the first."""
-        task = self.config.task(task)
+        task, image = self.config.task(task), np.asarray(image)
         picture = image_tensor(image, self.config.size)[None].to(self.device)
         batch = {"image": picture, "noise": [(seed, 0)]}
         outputs = self.sample_tasks(batch, [task], steps, samples=samples)
@@ -1135,14 +1147,19 @@ class LDMSeg(nn.Module):
         steps, samples: as in `inpaint_samples`.
         return_confidence: also the highest probability at each cell of logits, resized, (H, W)."""
         self.config.task("instance")  # or a UserError
-        size, N, given = image.shape[:2], self.config.num_ids, np.setdiff1d(given_mask, [VOID])
-        require(0 < len(given) < N, f"{len(given)} given segments, expected 1 to {N - 1}")
+        image, mask, N = np.asarray(image), np.asarray(given_mask), self.config.num_ids
+        picture = image_tensor(image, self.config.size)[None].to(self.device)
+        size, given = image.shape[:2], np.setdiff1d(mask, [VOID])
+        fits = (mask.dtype.kind in "iu" and mask.ndim == 2 and 0 < len(given) < N and 0 < given[0]
+                and given[-1] < 2**24
+                and abs(mask.shape[0] / mask.shape[1] * size[1] / size[0] - 1) < 0.02)
+        require(fits, f"{mask.dtype} {mask.shape}, {len(given)} given segments, expected a mask of "
+                f"ints in the aspect of the image of {size}, 1 to {N - 1} of them, below 2^24")
 
         # Alg. 3 at the model's size; a pixel's largest id counts, so that no stroke is lost
-        ids = compact_ids(given_mask, given)
+        ids = compact_ids(mask, given)
         small = F.adaptive_max_pool2d(torch.from_numpy(ids)[None].float(), self.config.size)
         small = small.long().to(self.device)
-        picture = image_tensor(image, self.config.size)[None].to(self.device)
         logits = self.inpaint_samples(picture, small, small != VOID, [(seed, 0)], steps, repeats,
                                       samples)[0]
 
@@ -1295,7 +1312,7 @@ class PanopticQuality:
         unlisted = overlap[:, 0].sum()
         unseen = [s["id"] for s, pixels in zip(pred_segments, area) if not pixels]
         require(not unlisted and not unseen, f"the prediction has {unlisted:.0f} pixels of "
-                f"ids not in its list, none of {unseen[:5]} in its list")
+                f"ids not in its list, and none of {unseen[:5]} in its list")
 
         # overlap of segments of one category; the union leaves out the truth's VOID
         both = overlap[2:, 2:] * (gt[:, None] == pred)
@@ -1511,6 +1528,7 @@ def reading(place, what):
             SafetensorError, UnpicklingError, BadZipFile, Image.DecompressionBombError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         known = {UserError: error, FileNotFoundError: f"no such {what}",
+                 UnidentifiedImageError: f"no {what} that Pillow can read",
                  UnpicklingError: "code in it would have to run, which is refused"}
         message = known.get(type(error), f"not a readable {what} ({reason})")
         raise UserError(f"{place}: {message}") from None
@@ -1903,7 +1921,8 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
     "machine": {
         "--device": dict(help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)"),
         "--amp": dict(help="default: bf16 on cuda, else off", choices=AMP),
-        "--seed": dict(help="of everything random", type=from_zero, default=0),
+        "--seed": dict(help="of all noise, in a photograph's with its name", type=from_zero,
+                       default=0),
         "--workers": dict(help="processes that load data", type=from_zero,
                           default=min(8, (os.cpu_count() or 1) // 2))},
 }
@@ -1948,10 +1967,11 @@ def training_command(description, stage, model_flags):
 
 def override(config, assignments, stage):
     """Change fields of `config` by ["FIELD=VALUE", ...]; tuples are comma-separated."""
-    known, changes = stage_fields(stage), {}
+    known, changes, other = stage_fields(stage), {}, "ldm" if stage == "ae" else "ae"
     for assignment in assignments:
         name, _, text = assignment.partition("=")
         near = difflib.get_close_matches(name, known, 1) or ["one that -h lists"]
+        near = [f"it in train_{other}.py"] if name in stage_fields(other) else near
         require(name in known, f"--set {name}: no field of stage {stage}, expected {near[0]}")
         kind = known[name].type
         with reading(f"--set {assignment}", kind.__name__):
@@ -2027,18 +2047,19 @@ def progress(iterable, description, **options):
     return tqdm(iterable, description, leave=False, disable=hidden, **options)
 
 def keep_freed_memory():
-    """Linux's glibc returns large blocks as soon as they are free, and the kernel then clears new
-    ones, which takes longer than a SiLU. Kept, a step on a CPU takes down to 0.65 of the time,
-    with a tenth to a half more memory."""
+    """For the whole process: Linux's glibc returns large blocks as soon as they are free, and the
+    kernel then clears new ones, which takes longer than a SiLU. Kept, a step on a CPU takes down
+    to 0.65 of the time, with up to half as much memory again (RESULTS.md)."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # of glibc alone; the numbers are from its malloc.h
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much stays
 
-def training_steps(start, stop, description):
+def training_steps(start, stop, description, device):
     """Yields (step, caught): the first Ctrl-C and the first SIGTERM only join the list
     `caught`, so that no step is cut in two; the next of each does what it always does."""
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     caught, launcher = [], os.getppid()
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     def catch(number, _):
@@ -2444,7 +2465,7 @@ def align_ids(ids, truth):
 
 PALETTE = np.uint8([
     255 * np.array(colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + i % 3 / 4, 0.95 - 0.3 * (i % 2)))
-    for i in range(1, 256)])
+    for i in range(1, 252)])  # a prime: ids of pure colours, 2**8 or 2**16 apart, differ
 
 def colorize(drawn, truth=None, image=None):
     """Map (H, W) -> uint8 (H, W, 3). Ids: a colour each, of the segment of `truth` that it
@@ -2458,7 +2479,7 @@ def colorize(drawn, truth=None, image=None):
     picture, stripe = np.empty((*ids.shape, 3), np.uint8), max(2, len(ids) // 32)
     for y, row in enumerate(picture):  # row by row: indices and floats would take gigabytes
         void = ids[y] == VOID
-        row[:] = PALETTE[(ids[y] - 1) % 255]
+        row[:] = PALETTE[(ids[y] - 1) % len(PALETTE)]
         if image is None:
             row[void] = 51 + 38 * ((y + np.flatnonzero(void)) // stripe % 2)[:, None]
         else:
@@ -2483,8 +2504,8 @@ def keep_inputs(out, *folders):
     results = {Path(out, name).resolve() for name in ("panoptic", "overlay", "depth")}
     for folder in map(Path, folders):
         above = {folder.resolve(), *folder.resolve().parents}
-        require(not results & above, f"--out {out}: results would replace inputs in "
-                f"{folder}; use another --out")
+        require(not results & above and Path(out).resolve() != folder.resolve(), f"--out {out}: "
+                f"results would replace inputs in {folder}; use another --out")
 
 def write_panoptic(out, name, record, ids, segments):
     """panoptic/NAME.png and overlay/NAME.png -> two entries of panoptic.json."""

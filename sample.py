@@ -34,7 +34,7 @@ from ldmseg import (
 )  # fmt: skip
 
 SHOWN = (1, 2, 4, 10, 20, 50)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class ImageFiles(list):

@@ -122,7 +122,7 @@ def main(argv=None):
     if not start:
         save_run(args.out, 0, config, settings, state)
     net, history, batches, failures = distribute(model), [], iter(loader), 0
-    for step, interrupts in training_steps(start, steps, "stage 1"):
+    for step, interrupts in training_steps(start, steps, "stage 1", device):
         for micro in range(1, args.accumulate + 1):
             net.require_backward_grad_sync = micro == args.accumulate  # DDP: once per step
             batch = next(batches)

@@ -211,7 +211,7 @@ def main(argv=None):
     if not start:
         save_run(args.out, 0, config, settings, state)
     net, history, batches, failures = distribute(model), [], iter(loader), 0
-    for step, interrupts in training_steps(start, steps, "stage 2"):
+    for step, interrupts in training_steps(start, steps, "stage 2", device):
         # one coin per optimizer step, the same on all ranks
         coin = random_generator(args.seed, "self-condition", step).random() < config.self_condition
         for micro in range(1, args.accumulate + 1):

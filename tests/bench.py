@@ -308,8 +308,8 @@ def ae():
                                   for kind, loss in losses.items()}, rounds, time.process_time)
         for kind in ways:
             step, peak = times[kind], peaks[kind]
-            print(f"    {kind:>27}: step {step:6.0f} ms, {step / times['plain']:.2f} of plain; peak "
-                  f"memory {peak:5.0f} MiB, {peak / peaks['plain']:.2f} of it", flush=True)
+            print(f"    {kind:>27}: step {step:6.0f} ms, {step / times['plain']:.2f} of plain; "
+                  f"peak memory {peak:5.0f} MiB, {peak / peaks['plain']:.2f} of it", flush=True)
         print("    the losses alone, ms:", *(f"{kind} {taken:.0f};"
                                              for kind, taken in gradients.items()))
         square = torch.randn(1024, 1024)

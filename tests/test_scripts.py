@@ -18,7 +18,10 @@ import torch
 import train_ae
 import train_ldm
 from conftest import IMPORTED, ON_CPU, areas_of, run_of
-from ldmseg import SHIPPED, Config, ShapeScenes, load_model, override, panoptic_quality, read_image
+from ldmseg import (
+    SHIPPED, Config, ShapeScenes, UserError, colorize, load_model, override, panoptic_quality,
+    read_image, rgb2id,
+)  # fmt: skip
 from PIL import Image
 
 SCENES = ShapeScenes("val", 64)
@@ -112,8 +115,9 @@ def test_a_result_never_overwrites_an_image(complaint, data, tiny_run, tmp_path)
     path.parent.mkdir()
     shutil.copy(data / "train" / "train0.png", path)
     before = path.read_bytes()
-    line = complaint(sample.main, *run_of(tiny_run, tmp_path, path))
-    assert "would replace inputs" in line and path.read_bytes() == before
+    for out in tmp_path, path.parent:
+        line = complaint(sample.main, *run_of(tiny_run, out, path))
+        assert "would replace inputs" in line and path.read_bytes() == before
 
 # ---- evaluate.py ----
 
@@ -161,6 +165,17 @@ def test_the_weights_of_photographs_part_sky_from_ground():
     truth = np.repeat([[1], [2]], 240, 0).repeat(640, 1)
     assert panoptic_quality(truth, load_model().segment(image)[0])["pq"] > 0.5
 
+@pytest.mark.parametrize("image", [
+    np.zeros((9, 9, 3)), np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8),
+    np.zeros((0, 9, 3), np.uint8), "photo.jpg"], ids=lambda image: np.asarray(image).dtype.name)
+def test_what_is_no_image_is_the_users_error(image):
+    with pytest.raises(UserError, match=r"expected uint8 \(H, W, 3\)"):
+        load_model("tiny").segment(image)
+
+def test_ids_of_pure_colours_differ_in_pictures():
+    ids = rgb2id(np.uint8([[*np.ndindex(2, 2, 2)][1:]]) * 255)
+    assert len({*map(tuple, colorize(ids)[0])}) == 7
+
 def test_a_run_folder_goes_before_shipped_weights_of_its_name(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [load_model(name).config.size for name in SHIPPED] == [64, 160]
@@ -187,10 +202,13 @@ def test_photographs_are_learned_from_the_shipped_weights_also_at_another_size(
     ("inpaint", "--data shapes --mask b.png", "expected --image and --mask, or --data"),
     ("inpaint", "--data shapes --block 8 65", "--block [8, 65], expected up to 64"),
     ("evaluate", "--weights {file}", "{file}: not a readable weights file"),
+    ("evaluate", "--class-agnostic", "--class-agnostic goes with --gt"),
+    ("evaluate", "--per-class", "--per-class: for task panoptic, not ['instance']"),
     ("evaluate", "--weights {ae} --limit 1 --json {folder}", "'{folder}'"),
     ("train_ae", "--accumulate 3", "batch size 16, expected a multiple of --accumulate"),
     ("train_ae", "--limit 0", "--limit: 0, expected at least 1"),
     ("train_ae", "--amp fp16", "--amp fp16 needs cuda"), ("train_ae", "--device abacus", "abacus"),
+    ("train_ldm", "--set codes=bit", "no field of stage ldm, expected it in train_ae.py"),
     ("train_ldm", "--ae nowhere", "nowhere: no such weights file or run folder"),
     ("train_ldm", "--ae {ae}", "of ids at 32 pixels, expected ids at 64")])
 def test_a_mistake_is_named_in_one_line(complaint, tiny_run, tmp_path, script, flags, message):

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 NOISE = [(5, 0), (5, 1), (6, "cat.jpg")]
 LARGE = 2**24 - 1
+GRID = np.arange(30 * 44).reshape(30, 44)
 
 def cells_of(known):
     """Of which cells any pixel is known, of which all are: bool (1, 1, 4, 4), of (1, 32, 32)."""
@@ -225,10 +226,12 @@ def test_the_confidence_is_the_highest_probability(model):
     confidence = model.complete(photo(20, 20), np.full((4, 4), 9), return_confidence=True)[2]
     np.testing.assert_allclose(confidence, np.full((20, 20), 5 / 16), rtol=1e-5)
 
-@pytest.mark.parametrize("count", [0, 8])
-def test_a_mask_that_cannot_be_completed_is_the_users_error(model, count):
-    with pytest.raises(UserError, match=f"{count} given segments, expected 1 to 7"):
-        model.complete(photo(30, 44), np.arange(30 * 44).reshape(30, 44) % (count + 1), steps=1)
+@pytest.mark.parametrize("mask", [
+    GRID % 1, GRID % 9, GRID % 3 * 1.5, -(GRID % 3), GRID % 3 * 2**24, GRID[:, :40] % 3, GRID[0]])
+def test_a_mask_that_cannot_be_completed_is_the_users_error(model, mask):
+    count = len(np.unique(mask[mask != 0]))
+    with pytest.raises(UserError, match=f"{count} given segments, expected a mask.* 1 to 7"):
+        model.complete(photo(30, 44), mask, steps=1)
 
 # ---- inpaint.py --image ----
 
@@ -304,16 +307,18 @@ def test_a_transparent_pixel_is_unknown_and_a_jpeg_is_no_mask(tmp_path):
     with pytest.raises(UserError, match="a.jpg: JPEG changes ids"):
         inpaint.read_mask(tmp_path / "a.jpg")
 
-@pytest.mark.parametrize("width, message", [
-    (44, "--out {1}: results would replace inputs in {1}/panoptic"),
-    (46, "{0}: (30, 44) pixels, expected the aspect of the image of (30, 46)")])
+@pytest.mark.parametrize("width, out, message", [
+    (44, ".", "--out {1}: results would replace inputs in {1}/panoptic"),
+    (46, "out", "{0}: int64 (30, 44), 1 given segments, expected a mask of ints in the aspect of "
+                "the image of (30, 46)")])
 def test_a_mask_that_a_result_would_replace_or_of_another_aspect_is_named(
-        complaint, tiny_run, tmp_path, width, message):
+        complaint, tiny_run, tmp_path, width, out, message):
     (tmp_path / "panoptic").mkdir()
-    mask, image = save_mask(tmp_path / "panoptic/photo", HALF, "8 bit"), tmp_path / "photo.jpg"
+    mask, image = save_mask(tmp_path / "panoptic/a", HALF, "8 bit"), tmp_path / "panoptic/b.jpg"
     Image.fromarray(photo(30, width)).save(image)
     before = mask.read_bytes()
-    line = complaint(inpaint.main, *run_of(tiny_run, tmp_path, "--image", image, "--mask", mask))
+    line = complaint(inpaint.main, *run_of(
+        tiny_run, tmp_path / out, "--image", image, "--mask", mask))
     assert line.startswith(message.format(mask, tmp_path)) and mask.read_bytes() == before
 
 # ---- inpaint.py --data: the sparsity experiment (Fig. 9) ----

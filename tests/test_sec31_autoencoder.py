@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ae_command, gaussian, logged, small_config
 from ldmseg import (
-    PRESETS, Config, MaskAutoencoder, UserError, ae_loss, bits2int, code_table, int2bits,
-    load_model,
+    PRESETS, Config, MaskAutoencoder, Upsample, UserError, ae_loss, bits2int, code_table,
+    int2bits, load_model,
 )  # fmt: skip
 from train_ae import candidate_coords, depth_loss, main
 
@@ -125,6 +125,10 @@ def test_the_papers_autoencoder_has_the_released_parameters(latents, expected):
     with torch.device("meta"):
         autoencoder = MaskAutoencoder(replace(PRESETS["paper"], latents=latents))
     assert sum(p.numel() for p in autoencoder.parameters()) == expected
+
+def test_upsampling_is_a_transposed_convolution():
+    up, x = Upsample(8), gaussian(2, 8, 3, 5)
+    torch.testing.assert_close(up(x), F.conv_transpose2d(x, up.weight, up.bias, stride=2))
 
 @torch.no_grad()
 def test_gaussian_latents_have_the_kl_and_the_noise_of_their_variance():

@@ -313,7 +313,7 @@ def match_ids(ids, eps, id_latents):
     from scipy.optimize import linear_sum_assignment
     N, cells = len(id_latents), eps.shape[-2:]
 
-    # how well the noise of a cell fits the latent of each id
+    # how well a cell's noise fits the latent of each id: -|eps - latent|^2 / 2 + constant
     fit = torch.einsum("bchw,nc->bnhw", eps, id_latents)
     fit = fit - 0.5 * id_latents.square().sum(1).view(1, N, 1, 1)
 
@@ -2233,12 +2233,12 @@ def load_checkpoint(out):
     paths = [path for path in paths if path.exists()]
     for path in paths:
         try:
-            with reading(path, "checkpoint; --fresh starts over"), ZipFile(path) as file:
-                require(file.testzip() is None, "damaged; --fresh starts over")
+            with reading(path, "checkpoint"), ZipFile(path) as file:
+                require(file.testzip() is None, "damaged")
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except UserError as error:
             if path == paths[-1]:
-                raise
+                raise UserError(f"{error}; --fresh starts over") from None
             print(f"{error}; the one before is taken", file=sys.stderr)
 
 def resume_run(args, config, state, steps):

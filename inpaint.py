@@ -107,7 +107,7 @@ def complete_image(model, args, autocast):
                 model.complete(image, given, args.steps, args.repeats, args.seed + k, True, samples)
                 for k in range(count)))
     except UserError as error:
-        raise UserError(f"{args.mask}: {error}") from None
+        raise UserError(str(error).replace("mask:", f"{args.mask}:", 1)) from None
     records = [{"image": image, "file_name": name, "image_id": Path(n).stem} for n in names]
     write_panoptic_json(args.out, [write_panoptic(args.out, *result) for result in zip(
         names, records, masks, segments)])

@@ -729,7 +729,7 @@ def build_unet(config, image_channels):
 def image_tensor(image, size):
     """image uint8 (H, W, 3) -> float (3, size, size) in [-1, 1], antialiased."""
     fits = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
-    require(fits, f"image: {image.dtype} {image.shape}, expected uint8 (H, W, 3) as of read_image")
+    require(fits, f"image: {image.dtype} {image.shape}, expected uint8 (H, W, 3), as of read_image")
     image = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
     image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
     return image.float().div_(127.5).sub_(1)
@@ -1153,8 +1153,8 @@ class LDMSeg(nn.Module):
         fits = (mask.dtype.kind in "iu" and mask.ndim == 2 and 0 < len(given) < N and 0 < given[0]
                 and given[-1] < 2**24
                 and abs(mask.shape[0] / mask.shape[1] * size[1] / size[0] - 1) < 0.02)
-        require(fits, f"{mask.dtype} {mask.shape}, {len(given)} given segments, expected a mask of "
-                f"ints in the aspect of the image of {size}, 1 to {N - 1} of them, below 2^24")
+        require(fits, f"mask: {mask.dtype} {mask.shape}, {len(given)} given segments, expected "
+                f"ints in the aspect of the image of {size}, of 1 to {N - 1} segments, below 2^24")
 
         # Alg. 3 at the model's size; a pixel's largest id counts, so that no stroke is lost
         ids = compact_ids(mask, given)
@@ -1921,7 +1921,7 @@ FLAGS = {  # what several scripts read: {group: {flag: options of argparse}}
     "machine": {
         "--device": dict(help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)"),
         "--amp": dict(help="default: bf16 on cuda, else off", choices=AMP),
-        "--seed": dict(help="of all noise, in a photograph's with its name", type=from_zero,
+        "--seed": dict(help="of everything random; photographs add their name", type=from_zero,
                        default=0),
         "--workers": dict(help="processes that load data", type=from_zero,
                           default=min(8, (os.cpu_count() or 1) // 2))},

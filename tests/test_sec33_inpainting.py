@@ -230,7 +230,7 @@ def test_the_confidence_is_the_highest_probability(model):
     GRID % 1, GRID % 9, GRID % 3 * 1.5, -(GRID % 3), GRID % 3 * 2**24, GRID[:, :40] % 3, GRID[0]])
 def test_a_mask_that_cannot_be_completed_is_the_users_error(model, mask):
     count = len(np.unique(mask[mask != 0]))
-    with pytest.raises(UserError, match=f"{count} given segments, expected a mask.* 1 to 7"):
+    with pytest.raises(UserError, match=f"mask: .* {count} given segments, expected ints.* 1 to 7"):
         model.complete(photo(30, 44), mask, steps=1)
 
 # ---- inpaint.py --image ----
@@ -309,7 +309,7 @@ def test_a_transparent_pixel_is_unknown_and_a_jpeg_is_no_mask(tmp_path):
 
 @pytest.mark.parametrize("width, out, message", [
     (44, ".", "--out {1}: results would replace inputs in {1}/panoptic"),
-    (46, "out", "{0}: int64 (30, 44), 1 given segments, expected a mask of ints in the aspect")])
+    (46, "out", "{0}: int64 (30, 44), 1 given segments, expected ints in the aspect")])
 def test_a_mask_that_a_result_would_replace_or_of_another_aspect_is_named(
         complaint, tiny_run, tmp_path, width, out, message):
     (tmp_path / "panoptic").mkdir()

@@ -277,6 +277,13 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(
     assert "damaged" in captured.err and f"{run}: resuming from step 0\n" in captured.out
     assert equal_weights(run, straight["ae"])
 
+def test_weights_with_a_flipped_bit_are_refused(tiny_run, tmp_path):
+    content = bytearray((tiny_run.ae / "model.safetensors").read_bytes())
+    content[-1000] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        load_model(tmp_path)
+
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
     (tmp_path / "file.json").write_text("old")
     (tmp_path / ".file.json.0.part").symlink_to("/dev/full")

@@ -309,7 +309,8 @@ def test_a_transparent_pixel_is_unknown_and_a_jpeg_is_no_mask(tmp_path):
 
 @pytest.mark.parametrize("width, out, message", [
     (44, ".", "--out {1}: results would replace inputs in {1}/panoptic"),
-    (46, "out", "{0}: int64 (30, 44), 1 given segments, expected ints in the aspect")])
+    (46, "out", "{0}: int64 (30, 44), 1 given segments, expected ints in the aspect of the image "
+                "of (30, 46)")])
 def test_a_mask_that_a_result_would_replace_or_of_another_aspect_is_named(
         complaint, tiny_run, tmp_path, width, out, message):
     (tmp_path / "panoptic").mkdir()

@@ -157,6 +157,16 @@ def test_scores_of_files_equal_a_count_with_masks_for_any_workers(tmp_path, eval
     assert results == results[:1] * 3  # to the last digit
     assert flat(results[0]) == near(by_masks(images, CATEGORIES, Counter()))
 
+def test_scores_equal_hotcoco(tmp_path, evaluated):
+    panoptic = pytest.importorskip("hotcoco").panoptic
+    root = write_pair(tmp_path / "pair", [image for images in CASES for image in images])
+    oracle = panoptic.PanopticEval(str(root / "gt.json"), str(root / "pred.json"))
+    oracle.evaluate()
+    results, classes, got = oracle.results(), oracle.report()["metrics"], evaluated(*files(root))
+    expected = {group: results[group] for group in ("All", "Things", "Stuff")}
+    expected |= {"miou": classes["mIoU"], "pixel_accuracy": classes["aAcc"]}
+    assert flat({key: got[key] for key in expected}) == near(expected, 1e-9)
+
 REFERENCE = GOLDEN / "pq_small"
 EXPECTED = json.loads((REFERENCE / "expected.json").read_text())
 
